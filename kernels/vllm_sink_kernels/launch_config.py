@@ -1,0 +1,149 @@
+"""Launch configurations: one small table per target, looked up, never tuned.
+
+A row answers "up to this head size, this GQA group and this budget (S + W), use
+these tiles". Rows are tried in order and the first that fits wins, so each table
+ends with a row that fits everything. Targets without a table of their own use
+the one of their family, whose tiles fit the smallest shared memory of it
+(99 KiB on ``cuda``, 64 KiB on ``hip``).
+
+To extend it: time the candidates with ``scripts/gpu_check.py``, put a row for
+the target in ``DECODE`` or ``PREFILL`` (a new key such as ``"sm_103"`` makes a
+table), and run ``python -m pytest tests/kernels_aot``, which compiles every row
+ahead of time and fails on a spill, a stack frame or too much shared memory.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+ANY = 1 << 31
+MAX_SPLITS = 16
+KEYS_PER_SPLIT = 256
+# Targets that tests and tables name; others fall back to their family.
+CUDA_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+HIP_TARGETS = ("gfx942", "gfx950")
+
+# Triton decides at import, when it decorates a kernel, whether to interpret it.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tiles and pipeline of one launch.
+
+    ``block_m`` counts rows of queries (tokens x heads of a group); decode pads
+    its group to at least 16 and ignores it. ``block_n`` counts keys.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """``config`` for head sizes, groups and budgets up to these limits."""
+
+    head_size: int
+    group: int
+    budget: int
+    config: LaunchConfig
+
+
+DECODE: dict[str, list[Row]] = {
+    "cuda": [
+        Row(64, 16, 1024, LaunchConfig(16, 64, 4, 3)),
+        Row(64, ANY, ANY, LaunchConfig(16, 128, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 2)),
+        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 2)),
+    ],
+    "sm_80": [
+        Row(64, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
+    ],
+    "sm_90": [
+        Row(64, ANY, 1024, LaunchConfig(16, 64, 4, 3)),
+        Row(64, ANY, ANY, LaunchConfig(16, 128, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
+    ],
+    "hip": [
+        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 1)),
+        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 1)),
+    ],
+    "interpreter": [Row(256, ANY, ANY, LaunchConfig(16, 32, 1, 1))],
+}
+DECODE["sm_100"] = DECODE["sm_90"]
+
+PREFILL: dict[str, list[Row]] = {
+    "cuda": [
+        Row(64, ANY, ANY, LaunchConfig(64, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 2)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 1)),
+    ],
+    "sm_80": [
+        Row(64, ANY, ANY, LaunchConfig(128, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 2)),
+    ],
+    "sm_90": [
+        Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(128, 32, 8, 2)),
+    ],
+    "hip": [
+        Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 1)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 4, 1)),
+    ],
+    "interpreter": [Row(256, ANY, ANY, LaunchConfig(32, 32, 1, 1))],
+}
+PREFILL["sm_100"] = PREFILL["sm_90"]
+
+
+def num_splits(num_sink_tokens: int, window_size: int) -> int:
+    """How many programs share one query of one KV head: S + W alone decides."""
+    return min(MAX_SPLITS, triton.cdiv(num_sink_tokens + window_size, KEYS_PER_SPLIT))
+
+
+def lookup(
+    table: dict[str, list[Row]],
+    target: str,
+    *,
+    head_size: int,
+    group: int,
+    budget: int,
+    element_size: int = 2,
+) -> LaunchConfig:
+    """The first row that fits; 4-byte elements take half the keys, unpipelined."""
+    family = "hip" if target.startswith("gfx") else "cuda"
+    for row in table.get(target, table[family]):
+        if head_size <= row.head_size and group <= row.group and budget <= row.budget:
+            break
+    else:
+        raise ValueError(
+            f"head_size must be at most 256, got {head_size}; add a row to the "
+            "table in launch_config.py"
+        )
+    if element_size == 4 and target != "interpreter":
+        return replace(
+            row.config, block_n=max(16, row.config.block_n // 2), num_stages=1
+        )
+    return row.config
+
+
+def target_of(device: torch.device) -> str:
+    """``sm_90``, ``gfx942`` or, for kernels that Triton interprets, ``interpreter``."""
+    return "interpreter" if INTERPRETED else _gpu_target(device)
+
+
+@functools.cache
+def _gpu_target(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

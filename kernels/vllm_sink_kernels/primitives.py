@@ -1,0 +1,160 @@
+"""Device functions that decode and prefill share.
+
+Prefixes: ``p_`` pointer, ``b_`` block in registers, ``m_`` mask, ``i_`` index,
+``o_`` offset. Scores live in base 2 (``exp2``), so scales carry log2(e).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# What an attended tile has to hide; a tile that hides nothing loads unmasked.
+NO_MASK: tl.constexpr = tl.constexpr(0)  # every row sees every key of the tile
+KEY_MASK: tl.constexpr = tl.constexpr(1)  # rows agree: keys below k_end
+SINK_MASK: tl.constexpr = tl.constexpr(2)  # and k <= position of the row
+WINDOW_MASK: tl.constexpr = tl.constexpr(3)  # and position - k < W
+
+
+@triton.jit
+def load_scale(scale, IS_TENSOR: tl.constexpr):
+    """An fp32 scale given by value or as a pointer to one element."""
+    if IS_TENSOR:
+        return tl.load(scale).to(tl.float32)
+    else:
+        return scale
+
+
+@triton.jit
+def turn_query(
+    b_q,  # [M, BLOCK_D] fp32
+    p_q,  # [M] pointers to the rows of b_q
+    b_pos,  # [M] positions
+    m_row,  # [M] rows that exist
+    budget,  # S + W
+    cs_ptr,  # [P, ROT] rows of cos, sin
+    stride_cs,
+    num_cs_rows,
+    ROT: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Turn each row back to position ``budget - 1``, if it is past that.
+
+    R(near) R(p)^-1 from the model's own rows; dividing by ``cos^2 + sin^2`` of
+    row p inverts it exactly, so a magnitude factor cancels and so does the
+    rounding of the table. A position past the table gives NaN, never a read.
+    """
+    HALF: tl.constexpr = ROT // 2
+    o_d = tl.arange(0, BLOCK_D)
+    if IS_NEOX:
+        o_pair = o_d % HALF
+        o_partner = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
+        b_sign = tl.where(o_d < HALF, -1.0, 1.0)
+    else:
+        o_pair = o_d // 2
+        o_partner = o_d ^ 1
+        b_sign = tl.where(o_d % 2 == 0, -1.0, 1.0)
+    m_turn = m_row & (b_pos >= budget)
+    m = (m_turn & (b_pos < num_cs_rows))[:, None] & (o_d < ROT)[None, :]
+    p_cos = (cs_ptr + b_pos.to(tl.int64) * stride_cs)[:, None] + o_pair[None, :]
+    b_cos = tl.load(p_cos, mask=m, other=1.0).to(tl.float32)
+    b_sin = tl.load(p_cos + HALF, mask=m, other=0.0).to(tl.float32)
+    # One row serves every query: all that turn, turn to the same position.
+    o_near = tl.zeros([BLOCK_D], dtype=tl.int32) + (budget - 1)
+    m_near = (o_d < ROT) & (o_near < num_cs_rows)
+    p_near = cs_ptr + o_near.to(tl.int64) * stride_cs + o_pair
+    b_cos_near = tl.load(p_near, mask=m_near, other=1.0)
+    b_sin_near = tl.load(p_near + HALF, mask=m_near, other=0.0)
+    b_cos_near = b_cos_near.to(tl.float32)[None, :]
+    b_sin_near = b_sin_near.to(tl.float32)[None, :]
+    b_partner = tl.load(p_q[:, None] + o_partner[None, :], mask=m, other=0.0)
+    b_partner = b_partner.to(tl.float32) * b_sign[None, :]
+    b_turned = b_q * (b_cos_near * b_cos + b_sin_near * b_sin)
+    b_turned += b_partner * (b_sin_near * b_cos - b_cos_near * b_sin)
+    b_turned = b_turned / (b_cos * b_cos + b_sin * b_sin)
+    b_turned = tl.where((b_pos < num_cs_rows)[:, None], b_turned, float("nan"))
+    return tl.where(m_turn[:, None] & (o_d < ROT)[None, :], b_turned, b_q)
+
+
+@triton.jit
+def cap_scores(b_s, soft_cap):
+    """``soft_cap * tanh(b_s / soft_cap)`` without overflow."""
+    b_e = tl.exp2(tl.abs(b_s) * (-2.0 * LOG2E / soft_cap))
+    b_t = soft_cap * (1.0 - b_e) / (1.0 + b_e)
+    return tl.where(b_s < 0, -b_t, b_t)
+
+
+@triton.jit
+def attend_tile(
+    b_q,  # [M, BLOCK_D] in the dtype of the dot
+    b_acc,  # [M, BLOCK_D] fp32
+    b_max,  # [M] fp32, base 2
+    b_sum,  # [M] fp32
+    i_key,  # first key of the tile
+    k_end,  # keys from here on are not loaded
+    b_pos,  # [M] positions of the rows
+    window_size,
+    p_table,  # the request's row of the block table
+    p_k,  # cache at this KV head
+    p_v,
+    stride_kb,
+    stride_kn,
+    stride_vb,
+    stride_vn,
+    score_scale,  # times log2(e) unless a soft cap follows
+    soft_cap,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``.
+
+    A key that no row sees is not loaded, neither its block id nor K nor V: what
+    lies there (stale ids, NaN) cannot leak.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    o_n = i_key + tl.arange(0, BLOCK_N)
+    m_d = o_d < HEAD_SIZE
+    if MASK == NO_MASK:
+        b_block = tl.load(p_table + o_n // BLOCK_SIZE).to(tl.int64)
+    else:
+        m_n = o_n < k_end
+        b_block = tl.load(p_table + o_n // BLOCK_SIZE, mask=m_n, other=0)
+        b_block = b_block.to(tl.int64)
+    o_slot = (o_n % BLOCK_SIZE).to(tl.int64)
+    p_bk = p_k + (b_block * stride_kb + o_slot * stride_kn)[None, :] + o_d[:, None]
+    p_bv = p_v + (b_block * stride_vb + o_slot * stride_vn)[:, None] + o_d[None, :]
+    if MASK != NO_MASK:
+        b_k = tl.load(p_bk, mask=m_d[:, None] & m_n[None, :], other=0.0)
+        b_v = tl.load(p_bv, mask=m_n[:, None] & m_d[None, :], other=0.0)
+    elif HEAD_SIZE != BLOCK_D:
+        b_k = tl.load(p_bk, mask=m_d[:, None], other=0.0)
+        b_v = tl.load(p_bv, mask=m_d[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_bk)
+        b_v = tl.load(p_bv)
+    b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * score_scale
+    if SOFT_CAP:
+        b_s = cap_scores(b_s, soft_cap) * LOG2E
+    if MASK == KEY_MASK:
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+    elif MASK == SINK_MASK:
+        m_s = m_n[None, :] & (o_n[None, :] <= b_pos[:, None])
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    elif MASK == WINDOW_MASK:
+        b_distance = b_pos[:, None] - o_n[None, :]
+        m_s = m_n[None, :] & (b_distance >= 0) & (b_distance < window_size)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    # A row that has seen nothing yet keeps -inf; subtract 0 to stay clear of NaN.
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_alpha = tl.exp2(b_max - b_base)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_acc = b_acc * b_alpha[:, None]
+    b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision="ieee")
+    return b_acc, b_new, b_sum
