@@ -270,6 +270,9 @@ def sink_prefill_kernel(
             SINK_MASK,
         )
 
+        # Read again rather than kept: two queries at once cost registers.
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
+
     # The window: an edge where it starts row by row, the inside, the diagonal.
     i_low = tl.maximum(num_sink_tokens, first - window_size + 1)
     i_seen_by_last = tl.maximum(num_sink_tokens, last - window_size + 1)

@@ -1,0 +1,295 @@
+"""Compile the shipped kernels ahead of time and report what they use.
+
+No GPU is needed: Triton compiles for a named target, and the ``cuobjdump`` that it
+bundles reads the resources out of the binary. ``python
+tests/kernels_aot/compile_kernels.py --csv benchmarks/results/kernel_resources.csv``
+writes the table of every case; the tests compile the same cases and judge them.
+"""
+
+import argparse
+import csv
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_sink_kernels import decode, launch_config, prefill
+from vllm_sink_kernels.arguments import Variant
+
+# target -> (Triton's target, shared memory of a block in bytes, and of a core,
+# registers of a core in 32-bit words, warps of a core)
+KIB = 1024
+TARGETS: dict[str, tuple[GPUTarget, int, int, int, int]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB, 164 * KIB, 65536, 64),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB, 228 * KIB, 65536, 64),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB, 228 * KIB, 65536, 64),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * KIB, 100 * KIB, 65536, 48),
+    # 4 SIMDs, each with 512 vector registers for each of 64 lanes and 8 waves
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 512, 32),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 160 * KIB, 160 * KIB, 512, 32),
+}
+MATRIX = {"cuda": r"mma\.sync|wgmma|tcgen05\.mma", "hip": r"v_mfma"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one target: ``kv`` is bf16 or fp8."""
+
+    kernel: str
+    target: str
+    head_size: int
+    heads: tuple[int, int]
+    budget: tuple[int, int]
+    kv: str = "bf16"
+    dtype: str = "bf16"
+    is_neox: bool = True
+    soft_cap: bool = False
+    sink_logits: bool = False
+
+    @property
+    def name(self) -> str:
+        extra = "-interleaved" * (not self.is_neox) + "-cap" * self.soft_cap
+        extra += "-logits" * self.sink_logits
+        heads = "x".join(map(str, self.heads))
+        budget = "+".join(map(str, self.budget))
+        kv = self.kv if self.dtype == "bf16" else self.dtype
+        return (
+            f"{self.kernel}-{self.target}-d{self.head_size}-{heads}-{budget}-{kv}"
+            + extra
+        )
+
+
+@dataclass
+class Resources:
+    """What the binary of a case uses."""
+
+    registers: int  # a thread; vector registers on hip
+    spills: int  # bytes on cuda, registers on hip
+    stack: int  # bytes a thread
+    shared: int  # bytes a block
+    matrix_instructions: int
+    warps: int
+    stages: int
+    block_n: int
+    occupancy: float  # share of the core's warps, by registers and shared memory
+
+
+def shipped_cases() -> list[Case]:
+    """Every row of the tables (head sizes, groups, budgets) on every target."""
+    cases = []
+    for kernel, target in itertools.product(("decode", "prefill"), TARGETS):
+        for head_size in (64, 80, 96, 128, 256):
+            cases.append(Case(kernel, target, head_size, (32, 8), (4, 4092)))
+        cases.append(Case(kernel, target, 64, (9, 3), (4, 508)))
+        cases.append(Case(kernel, target, 128, (8, 8), (64, 960)))
+        cases.append(Case(kernel, target, 128, (5, 1), (0, 4096)))
+        cases.append(Case(kernel, target, 64, (64, 8), (4, 4092), sink_logits=True))
+        cases.append(Case(kernel, target, 256, (16, 8), (4, 4092), soft_cap=True))
+        cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), is_neox=False))
+        if target not in ("sm_80", "gfx942"):  # no e4m3fn there
+            cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), kv="fp8"))
+        cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), "fp32", "fp32"))
+    return cases
+
+
+def compile_case(case: Case) -> tuple[Any, Resources]:
+    """Compile ``case`` with the configuration that the launcher would pick."""
+    sinks, window = case.budget
+    num_heads, num_kv_heads = case.heads
+    variant = Variant(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=case.head_size,
+        block_size=16,
+        rot_dim=case.head_size,
+        is_neox=case.is_neox,
+        has_sinks=sinks > 0,
+        soft_cap=case.soft_cap,
+        sink_logits=case.sink_logits,
+        k_scale_tensor=case.kv == "fp8",
+        v_scale_tensor=case.kv == "fp8",
+    )
+    table = launch_config.DECODE if case.kernel == "decode" else launch_config.PREFILL
+    config = launch_config.lookup(
+        table,
+        case.target,
+        head_size=case.head_size,
+        group=variant.group,
+        budget=sinks + window,
+        element_size=4 if case.dtype == "fp32" else 2,
+    )
+    if case.kernel == "decode":
+        fn = decode.sink_decode_kernel
+        splits = launch_config.num_splits(sinks, window)
+        constants = decode.kernel_constants(variant, config, splits)
+    else:
+        fn = prefill.sink_prefill_kernel
+        constants = prefill.kernel_constants(variant, config)
+    compiled = triton.compile(
+        source(fn, constants, case),
+        target=TARGETS[case.target][0],
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    read = hip_resources if case.target.startswith("gfx") else cuda_resources
+    return compiled, read(case, compiled, config)
+
+
+def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
+    """The signature that the launcher's arguments have, aligned as real ones are."""
+    kv = {"fp8": "*fp8e4nv", "bf16": "*bf16", "fp32": "*fp32"}[case.kv]
+    pointers = {
+        "k_ptr": kv,
+        "v_ptr": kv,
+        "cs_ptr": f"*{case.dtype}",
+        "sink_logits_ptr": f"*{case.dtype}",
+        "q_ptr": f"*{case.dtype}",
+        "out_ptr": f"*{case.dtype}",
+        "part_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+    }
+    scalars = {"scale": "fp32", "soft_cap": "fp32"}
+    scalars |= dict.fromkeys(
+        ("k_scale", "v_scale"), "*fp32" if case.kv == "fp8" else "fp32"
+    )
+    signature, attrs = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = pointers.get(name, "*i32")
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = scalars.get(name, "i32")
+            if name.startswith("stride_"):
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constants, attrs)
+
+
+def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", f.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    _, _, core_shared, core_registers, core_warps = TARGETS[case.target]
+    shared, registers = compiled.metadata.shared, usage["REG"]
+    # Registers go to warps in units of 256, 1 KiB of shared memory a block is taken.
+    warp_registers = -(-registers * 32 // 256) * 256
+    blocks = min(
+        core_registers // (warp_registers * config.num_warps),
+        core_shared // (shared + KIB),
+        core_warps // config.num_warps,
+    )
+    return Resources(
+        registers=registers,
+        spills=usage["LOCAL"],
+        stack=usage["STACK"],
+        shared=shared,
+        matrix_instructions=len(re.findall(MATRIX["cuda"], compiled.asm["ptx"])),
+        warps=config.num_warps,
+        stages=config.num_stages,
+        block_n=config.block_n,
+        occupancy=round(blocks * config.num_warps / core_warps, 3),
+    )
+
+
+def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
+    asm = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", asm)
+        assert found is not None, f"{name} missing from the machine code"
+        return int(found[1])
+
+    registers = field("vgpr_count")
+    _, _, core_shared, simd_registers, core_warps = TARGETS[case.target]
+    waves = min(8, simd_registers // (-(-registers // 8) * 8)) * 4
+    shared = compiled.metadata.shared
+    blocks = min(waves // config.num_warps, core_shared // max(shared, 1))
+    return Resources(
+        registers=registers,
+        # Scalar registers spill into lanes of a vector register, not to memory.
+        spills=field("vgpr_spill_count"),
+        stack=field("private_segment_fixed_size"),
+        shared=shared,
+        matrix_instructions=len(re.findall(MATRIX["hip"], asm)),
+        warps=config.num_warps,
+        stages=config.num_stages,
+        block_n=config.block_n,
+        occupancy=round(blocks * config.num_warps / core_warps, 3),
+    )
+
+
+def problems(case: Case, r: Resources) -> list[str]:
+    """Why the case must not ship, if it must not."""
+    found = []
+    if r.spills or r.stack:
+        found.append(f"spills {r.spills}, stack frame {r.stack}: want none")
+    limit = TARGETS[case.target][1]
+    if r.shared > limit:
+        found.append(f"shared memory {r.shared} above the target's {limit}")
+    if case.dtype != "fp32" and not r.matrix_instructions:
+        found.append("no matrix instruction")
+    if r.occupancy == 0:
+        found.append("not one block fits a core")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--csv", type=Path, help="write the table there")
+    parser.add_argument("--only", default="", help="regex of case names")
+    args = parser.parse_args()
+    rows, failed = [], 0
+    for case in shipped_cases():
+        if not re.search(args.only, case.name):
+            continue
+        _, resources = compile_case(case)
+        found = problems(case, resources)
+        failed += bool(found)
+        print(case.name, asdict(resources), *found, flush=True)
+        shape = {
+            "kernel": case.kernel,
+            "target": case.target,
+            "head_size": case.head_size,
+            "query_heads": case.heads[0],
+            "kv_heads": case.heads[1],
+            "num_sink_tokens": case.budget[0],
+            "window_size": case.budget[1],
+            "dtype": case.dtype,
+            "kv_dtype": case.kv,
+            "variant": "soft_cap"
+            if case.soft_cap
+            else "sink_logits"
+            if case.sink_logits
+            else "neox"
+            if case.is_neox
+            else "interleaved",
+            "triton": triton.__version__,
+        }
+        rows.append(shape | asdict(resources))
+    if args.csv and rows:
+        with args.csv.open("w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"{len(rows)} cases, {failed} to mend")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
