@@ -1,0 +1,83 @@
+"""Every touch of vLLM that depends on its version, in one place.
+
+Checked against vLLM 0.32.0 and 0.33.0. No function of vLLM is replaced here.
+The backend's enum member gets a pickling method of its own: vLLM pickles the
+member by value into spawned processes, where it is looked up before plugins
+load, and an unknown value is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+BACKEND_NAME = "SINK"
+BACKEND_PATH = "vllm_sink.backend.SinkBackend"
+
+
+def warn_if_unsupported() -> None:
+    """Warn, once a process, when vLLM is outside the range that was checked."""
+    import vllm
+
+    version = str(vllm.__version__)
+    match = re.match(r"(\d+\.\d+)", version)
+    if match is None or match.group(1) not in SUPPORTED_VLLM:
+        warnings.warn(
+            f"vllm-sink was checked with vLLM {' and '.join(SUPPORTED_VLLM)}, got "
+            f"{version}; without --attention-backend sink nothing changes, with it "
+            "install a supported version",
+            stacklevel=2,
+        )
+
+
+def register_backend_member() -> AttentionBackendEnum:
+    """Add ``SINK`` to vLLM's backend enum; idempotent. Returns the member.
+
+    Also the unpickler of the member (see the module's docstring).
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
+    if member is None:
+        member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+        # Looked up on the member by copyreg/pickle, ahead of Enum's own.
+        member.__reduce_ex__ = _reduce_member
+    return member
+
+
+def _reduce_member(protocol: int):
+    return register_backend_member, ()
+
+
+def register_kv_cache_spec() -> None:
+    """Tell vLLM which manager a :class:`SinkSpec` needs; idempotent.
+
+    vLLM's registry fills itself with the built-in specs only while it is
+    empty: registering ours first would hide them all.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_sink.block_manager import SinkManager
+    from vllm_sink.kv_cache_spec import SinkSpec
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec
+    )
+
+
+def cpu_platform_path() -> str | None:
+    """Path of our CPU platform class where vLLM's built-in detection says CPU."""
+    from vllm.platforms import builtin_platform_plugins
+
+    for name, detect in builtin_platform_plugins.items():
+        if name != "cpu" and detect() is not None:
+            return None
+    if builtin_platform_plugins["cpu"]() is None:
+        return None
+    return "vllm_sink.platform.SinkCpuPlatform"

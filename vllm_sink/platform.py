@@ -1,0 +1,42 @@
+"""The CPU platform that honours ``--attention-backend sink``.
+
+vLLM's ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend. The
+class here derives from whatever vLLM detected (Zen CPUs have their own) and
+changes nothing unless ``sink`` is selected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms import builtin_platform_plugins
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_sink import compat, config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_CpuPlatform = resolve_obj_by_qualname(builtin_platform_plugins["cpu"]())
+
+
+class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
+    """vLLM's CPU platform plus one more attention backend."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend, attn_selector_config, num_heads=None
+    ) -> str:
+        if getattr(selected_backend, "name", None) != compat.BACKEND_NAME:
+            return super().get_attn_backend_cls(
+                selected_backend, attn_selector_config, num_heads
+            )
+        backend = resolve_obj_by_qualname(compat.BACKEND_PATH)
+        backend.refuse_unsupported(attn_selector_config)
+        return compat.BACKEND_PATH
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        super().check_and_update_config(vllm_config)
+        if config.is_selected(vllm_config):
+            config.validate_engine(vllm_config)
