@@ -1,0 +1,311 @@
+"""The ``SINK`` attention backend: what vLLM asks of a backend class.
+
+The policy travels like this: vLLM builds the layers under the engine's config,
+so :class:`SinkImpl` reads it there and leaves it in ``_engine_config``;
+``customize_spec``, which vLLM calls later in the same process without any
+config, takes it from there and puts it into the spec, which is pickled to the
+engine core. :class:`SinkMetadataBuilder` checks that spec and config agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+from vllm_sink_kernels import cpu
+
+from vllm_sink.config import SinkConfig, validate_engine
+from vllm_sink.kv_cache_spec import SinkSpec
+from vllm_sink.layout import RetentionPolicy
+from vllm_sink.rope import Rotation, check_table, find_rotation
+
+# The config of the engine whose layers were built last in this process.
+_engine_config = SinkConfig()
+
+
+class SinkBackend(AttentionBackend):
+    """Attention sinks plus a window, exact to the token."""
+
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SINK"
+
+    @staticmethod
+    def get_impl_cls() -> type[SinkImpl]:
+        return SinkImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SinkMetadataBuilder]:
+        return SinkMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # vLLM's name for sink *logits*
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        return False  # the CUDA path is not wired yet: vLLM refuses by name
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Full attention becomes the sink policy; other windows stay as they are."""
+        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+            return SinkSpec.from_full(spec, _engine_config)
+        return spec
+
+    @classmethod
+    def refuse_unsupported(cls, selector: Any) -> None:
+        """What :meth:`validate_configuration` is to CUDA, for the CPU platform.
+
+        Raises:
+            ValueError: Names what this backend does not do.
+        """
+        refused = {
+            "MLA": selector.use_mla,
+            "sparse attention": selector.use_sparse,
+            f"attention of type {selector.attn_type}": not cls.supports_attn_type(
+                selector.attn_type
+            ),
+            f"kv_cache_dtype {selector.kv_cache_dtype}": (
+                not cls.supports_kv_cache_dtype(selector.kv_cache_dtype)
+            ),
+            f"block_size {selector.block_size}": not cls.supports_block_size(
+                selector.block_size
+            ),
+            "bidirectional (non-causal) attention": selector.use_non_causal,
+            "multimodal prefix attention": selector.use_mm_prefix,
+        }
+        for name, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(
+                    f"--attention-backend sink must be left out for {name}, which it "
+                    "does not support; drop the flag or choose another model or "
+                    "setting"
+                )
+
+
+@dataclass
+class SinkMetadata(AttentionMetadata):
+    """One step's plan, shared by all layers of a KV cache group.
+
+    Args:
+        num_tokens: T, query tokens without padding.
+        tiles: The CPU path's query tiles.
+        write_blocks, write_offsets: [T] int64, where each token's K and V go.
+        turns: id of a rotary table -> (cos, sin, is_neox) of the sink turn.
+    """
+
+    num_tokens: int
+    tiles: list[cpu.Tile]
+    write_blocks: torch.Tensor
+    write_offsets: torch.Tensor
+    turns: dict[int, tuple[torch.Tensor, torch.Tensor, bool]]
+
+
+class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
+    """Plans a step once for all layers of a group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = validate_engine(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self.block_size = kv_cache_spec.block_size
+        self.rotations: dict[int, Rotation] = {}
+        if isinstance(kv_cache_spec, SinkSpec):
+            self.policy = RetentionPolicy(
+                kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
+            )
+            assert self.policy == config.policy, (
+                f"spec has {self.policy}, config has {config.policy}"
+            )
+            self._find_rotations(layers, config, vllm_config.model_config.max_model_len)
+        else:
+            windows = {layer.sliding_window for layer in layers.values()}
+            assert len(windows) == 1, f"one group, several windows: {windows}"
+            self.policy = RetentionPolicy(0, windows.pop())
+
+    def _find_rotations(
+        self, layers: dict[str, Any], config: SinkConfig, max_model_len: int
+    ) -> None:
+        reached = config.policy.budget < max_model_len
+        if config.sink_positions == "absolute" or not config.num_sink_tokens:
+            reached = False
+        for name, layer in layers.items():
+            if not reached:
+                layer.impl.rotation = None
+                continue
+            rotation = find_rotation(name, layer)
+            check_table(name, rotation, max_model_len)
+            layer.impl.rotation = rotation
+            self.rotations[id(rotation.cos_sin_cache)] = rotation
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SinkMetadata:
+        common = common_attn_metadata
+        num_tokens = common.num_actual_tokens
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        seq_lens = common.seq_lens[: common.num_reqs].tolist()
+        tiles = cpu.plan(
+            common.block_table_tensor,
+            starts,
+            seq_lens,
+            num_sink_tokens=self.policy.num_sink_tokens,
+            window_size=self.policy.window_size,
+            block_size=self.block_size,
+        )
+        slots = common.slot_mapping[:num_tokens].long()
+        turns = {}
+        if self.rotations and any(tile.turned for tile in tiles):
+            positions = torch.cat(
+                [
+                    torch.arange(seq_len - (end - start), seq_len)
+                    for seq_len, start, end in zip(
+                        seq_lens, starts[:-1], starts[1:], strict=True
+                    )
+                ]
+            )
+            turns = {
+                key: (*rotation.turn(positions, self.policy.budget), rotation.is_neox)
+                for key, rotation in self.rotations.items()
+            }
+        return SinkMetadata(
+            num_tokens=num_tokens,
+            tiles=tiles,
+            write_blocks=slots // self.block_size,
+            write_offsets=slots % self.block_size,
+            turns=turns,
+        )
+
+
+class SinkImpl(AttentionImpl[SinkMetadata]):
+    """One layer's attention on the CPU."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        global _engine_config
+        _engine_config = validate_engine(get_current_vllm_config())
+        if alibi_slopes is not None:
+            raise ValueError(
+                "model must not use ALiBi with --attention-backend sink, got "
+                f"{len(alibi_slopes)} slopes; drop the flag"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or 0.0
+        self.writes_cache = kv_sharing_target_layer_name is None
+        self.sink_logits = sinks
+        # Set by the builder, which sees the layers; None: no turn.
+        self.rotation: Rotation | None = None
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SinkMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write this step's K and V, then attend.
+
+        Args:
+            query, output: [T, HQ, D]. key, value: [T, HKV, D].
+            kv_cache: [B, HKV, N, 2D]; its bytes are used as [B, HKV, 2N, D].
+            attn_metadata: None while vLLM warms up.
+        """
+        if attn_metadata is None:
+            return output
+        n = attn_metadata.num_tokens
+        blocks, heads, size, width = kv_cache.shape
+        pages = kv_cache.view(blocks, heads, 2 * size, width // 2)
+        if self.writes_cache and key is not None:
+            cpu.write_kv(
+                key[:n],
+                value[:n],
+                pages,
+                attn_metadata.write_blocks,
+                attn_metadata.write_offsets,
+            )
+        turn = None
+        if self.rotation is not None and attn_metadata.turns:
+            turn = attn_metadata.turns[id(self.rotation.cos_sin_cache)]
+        cpu.attend(
+            query[:n],
+            pages,
+            attn_metadata.tiles,
+            output[:n],
+            scale=self.scale,
+            turn=turn,
+            soft_cap=self.soft_cap,
+            sink_logits=self.sink_logits,
+        )
+        return output
