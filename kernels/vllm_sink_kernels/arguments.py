@@ -31,7 +31,7 @@ class Variant:
         return self.num_heads // self.num_kv_heads
 
     def constants(self, config: LaunchConfig) -> dict[str, Any]:
-        """Compile-time arguments that both kernels take."""
+        """Compile-time arguments that decode and prefill take."""
         return {
             "GROUP": self.group,
             "HEAD_SIZE": self.head_size,
@@ -111,13 +111,13 @@ class AttentionArgs:
             element_size=self.q.element_size(),
         )
 
-    def runtime(self) -> dict[str, Any]:
-        """Run-time arguments that both kernels take, by name.
+    def runtime(self, kernel: Any) -> dict[str, Any]:
+        """Those run-time arguments that ``kernel`` names.
 
         Pointers that a variant does not read get the address of ``q``.
         """
         cs, logits = self.cos_sin_cache, self.sink_logits
-        return {
+        values = {
             "q_ptr": self.q,
             "k_ptr": self.k_cache,
             "v_ptr": self.v_cache,
@@ -145,3 +145,4 @@ class AttentionArgs:
             "stride_ot": self.out.stride(0),
             "stride_oh": self.out.stride(1),
         }
+        return {k: v for k, v in values.items() if k in kernel.arg_names}

@@ -205,8 +205,9 @@ def sink_decode_kernel(
             KEY_MASK,
         )
 
-    # A split without a key has b_sum = 0; it leaves lse = -inf and is not merged.
-    b_inv = load_scale(v_scale, V_SCALE_TENSOR) / tl.where(b_sum == 0.0, 1.0, b_sum)
+    # A split without a key leaves lse = -inf (its b_max) and is not merged.
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_inv = load_scale(v_scale, V_SCALE_TENSOR) / b_sum
     b_acc = b_acc * b_inv[:, None]
     if SPLITS == 1:
         tl.store(p_o, b_acc.to(out_ptr.dtype.element_ty), mask=m_gd)
@@ -242,8 +243,8 @@ def merge_splits_kernel(
     o_part = (i_t.to(tl.int64) * NUM_HEADS + i_h) * SPLITS + o_s
     b_lse = tl.load(lse_ptr + o_part, mask=m_s, other=float("-inf"))
     m_s = b_lse != float("-inf")  # a NaN stays in: it must be seen
-    b_max = tl.max(b_lse, 0)
-    b_w = tl.where(m_s, tl.exp2(b_lse - b_max), 0.0)
+    b_lse = tl.where(m_s, b_lse, -1e30)  # weighs nothing, and padding has no key
+    b_w = tl.where(m_s, tl.exp2(b_lse - tl.max(b_lse, 0)), 0.0)
     b_sum = tl.sum(b_w, 0)
     p_part = part_ptr + o_part[:, None] * HEAD_SIZE + o_d[None, :]
     b_part = tl.load(p_part, mask=m_s[:, None] & m_d[None, :], other=0.0)
@@ -368,7 +369,7 @@ def sink_decode(
         requests_ptr=query_requests,
         part_ptr=part,
         lse_ptr=lse,
-        **args.runtime(),
+        **args.runtime(sink_decode_kernel),
         **kernel_constants(args.variant(), config, splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -82,18 +82,18 @@ DECODE["sm_100"] = DECODE["sm_90"]
 PREFILL: dict[str, list[Row]] = {
     "cuda": [
         Row(64, ANY, ANY, LaunchConfig(64, 64, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 2)),
+        Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 2)),
         Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 1)),
     ],
     "sm_80": [
-        Row(64, ANY, ANY, LaunchConfig(128, 64, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 3)),
         Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 2)),
     ],
     "sm_90": [
         Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
         Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
-        Row(256, ANY, ANY, LaunchConfig(128, 32, 8, 2)),
+        Row(256, ANY, ANY, LaunchConfig(64, 64, 8, 2)),
     ],
     "hip": [
         Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 1)),

@@ -187,7 +187,8 @@ def sink_prefill_kernel(
     if not SOFT_CAP:
         score_scale = score_scale * LOG2E
 
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
+    p_bq = p_q[:, None] + o_d[None, :]
+    b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_last")
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if SINK_LOGITS:  # a key without a value
         b_max = tl.load(sink_logits_ptr + o_h, mask=m_m, other=0.0)
@@ -198,27 +199,27 @@ def sink_prefill_kernel(
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     if HAS_SINKS:
-        b_q_sink = b_q
         if TURN:
-            budget = num_sink_tokens + window_size
-            if last >= budget:
-                b_q_sink = turn_query(
-                    b_q.to(tl.float32),
-                    p_q,
-                    b_pos,
-                    m_m,
-                    budget,
-                    cs_ptr,
-                    stride_cs,
-                    num_cs_rows,
-                    ROT,
-                    IS_NEOX,
-                    BLOCK_D,
-                ).to(b_q.dtype)
+            # Without a branch around it: a tile that comes out of one is kept in
+            # registers, in a layout of its own, and spills. Rows that do not turn
+            # load nothing.
+            b_q = turn_query(
+                b_q.to(tl.float32),
+                p_q,
+                b_pos,
+                m_m,
+                num_sink_tokens + window_size,
+                cs_ptr,
+                stride_cs,
+                num_cs_rows,
+                ROT,
+                IS_NEOX,
+                BLOCK_D,
+            ).to(b_q.dtype)
         k_end = tl.minimum(num_sink_tokens, last + 1)
         inner_end = tl.minimum(num_sink_tokens, first + 1) // BLOCK_N * BLOCK_N
         b_acc, b_max, b_sum = attend_range(
-            b_q_sink,
+            b_q,
             b_acc,
             b_max,
             b_sum,
@@ -244,7 +245,7 @@ def sink_prefill_kernel(
             NO_MASK,
         )
         b_acc, b_max, b_sum = attend_range(
-            b_q_sink,
+            b_q,
             b_acc,
             b_max,
             b_sum,
@@ -270,8 +271,10 @@ def sink_prefill_kernel(
             SINK_MASK,
         )
 
-        # Read again rather than kept: two queries at once cost registers.
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
+        if TURN:
+            # Read again rather than kept: two queries at once spill. The policies
+            # differ so that the compiler does not make one load of them.
+            b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_first")
 
     # The window: an edge where it starts row by row, the inside, the diagonal.
     i_low = tl.maximum(num_sink_tokens, first - window_size + 1)
@@ -427,7 +430,7 @@ def sink_prefill(
         query_start_ptr=query_start_loc,
         seq_lens_ptr=seq_lens,
         num_requests=num_requests,
-        **args.runtime(),
+        **args.runtime(sink_prefill_kernel),
         **constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -49,7 +49,7 @@ def turn_query(
     o_d = tl.arange(0, BLOCK_D)
     if IS_NEOX:
         o_pair = o_d % HALF
-        o_partner = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)
+        o_partner = (o_d + HALF) % ROT  # the compiler sees that this is contiguous
         b_sign = tl.where(o_d < HALF, -1.0, 1.0)
     else:
         o_pair = o_d // 2

@@ -75,8 +75,9 @@ class Batch:
 
     def decode(self, config: LaunchConfig | None = None, **kw: Any) -> torch.Tensor:
         kw = self.kw | kw
+        num_heads, head_size = self.q.shape[-2:]
         shape = workspace_shape(
-            len(self.q), *self.q.shape[1:], kw["num_sink_tokens"], kw["window_size"]
+            len(self.q), num_heads, head_size, kw["num_sink_tokens"], kw["window_size"]
         )
         return sink_decode(
             self.q,

@@ -145,7 +145,8 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
 def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
     """The signature that the launcher's arguments have, aligned as real ones are."""
     kv = {"fp8": "*fp8e4nv", "bf16": "*bf16", "fp32": "*fp32"}[case.kv]
-    pointers = {
+    ints = ("block_table", "positions", "requests", "query_start", "seq_lens")
+    pointers = {f"{name}_ptr": "*i32" for name in ints} | {
         "k_ptr": kv,
         "v_ptr": kv,
         "cs_ptr": f"*{case.dtype}",
@@ -164,7 +165,7 @@ def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name, "*i32")
+            signature[name] = pointers[name]
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = scalars.get(name, "i32")

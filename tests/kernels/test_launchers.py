@@ -1,0 +1,190 @@
+"""Launchers refuse what the kernels cannot do, and pass what kernels ask for."""
+
+import re
+
+import pytest
+import torch
+from batches import make_batch
+
+from vllm_sink_kernels import cache_write, decode, launch_config, prefill
+from vllm_sink_kernels.launch_config import Row
+
+BAD = [
+    ({"window_size": 0}, "window_size must be >= 1, got 0; "),
+    ({"num_sink_tokens": -1}, "num_sink_tokens must be >= 0, got -1; "),
+    ({"window_size": 2**31}, "num_sink_tokens + window_size must be below 2^31"),
+    ({"soft_cap": -1.0}, "soft_cap must be >= 0, got -1.0; "),
+    (
+        {"cos_sin_cache": torch.zeros(9, 66)},
+        "rot_dim of cos_sin_cache must be even and at most the head size 64, got 66; ",
+    ),
+    ({"cos_sin_cache": torch.zeros(9)}, "cos_sin_cache must be [P, rot_dim]"),
+    ({"sink_logits": torch.zeros(3)}, "sink_logits must be [HQ] = [4], got [3]; "),
+    ({"k_scale": torch.ones(2)}, "k_scale must be a float or a floating-point tensor"),
+    ({"sink_logits": torch.zeros(4, device="meta")}, "sink_logits must be on cpu"),
+]
+REPLACED = [
+    ("q", lambda x: x[0], "q must be [T, HQ, D]"),
+    ("q", lambda x: x.double(), "q must be float32 or float16 or bfloat16"),
+    ("q", lambda x: x.mT.contiguous().mT, "q must be contiguous in its last dim"),
+    ("q", lambda x: x[:, :3], "query heads of q must be a multiple of the 2 KV heads"),
+    ("q", lambda x: x[..., :60], "head size of q must be a multiple of 8 up to 256"),
+    ("k_cache", lambda x: x[..., :32], "k_cache must be [B, N, HKV, D]"),
+    ("k_cache", lambda x: x.half(), "k_cache must be float32 or float8_e4m3fn"),
+    ("v_cache", lambda x: x[:1], "v_cache must be [B, N, HKV, D]"),
+    ("block_table", lambda x: x.long(), "block_table must be int32, got torch.int64"),
+]
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("kw,message", BAD)
+def test_bad_keywords(kernel, kw, message):
+    batch = make_batch()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(batch, kernel)(**kw)
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+@pytest.mark.parametrize("name,change,message", REPLACED)
+def test_bad_tensors(kernel, name, change, message):
+    batch = make_batch()
+    setattr(batch, name, change(getattr(batch, name)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(batch, kernel)()
+
+
+def test_bad_arguments_of_one_launcher():
+    b = make_batch(seq_lens=[70], query_lens=[2], window=600)
+    common = (b.q, b.k_cache, b.v_cache, b.block_table)
+    out, at, rows = torch.empty_like(b.q), b.positions(), b.requests()
+    with pytest.raises(ValueError, match=r"query_positions must be \[T\] = \[2\]"):
+        decode.sink_decode(*common, at[:1], rows, out, **b.kw)
+    with pytest.raises(ValueError, match="query_requests must be int32"):
+        decode.sink_decode(*common, at, rows.long(), out, **b.kw)
+    with pytest.raises(ValueError, match=r"workspace must be .* at least 1560 elem"):
+        decode.sink_decode(*common, at, rows, out, workspace=torch.empty(9), **b.kw)
+    with pytest.raises(ValueError, match="out must be float32"):
+        decode.sink_decode(*common, at, rows, out.half(), **b.kw)
+    starts, lens = b.query_start_loc, torch.tensor([70]).int()
+    with pytest.raises(ValueError, match=r"query_start_loc must be \[R \+ 1\] = \[2\]"):
+        prefill.sink_prefill(*common, starts[:1], lens, 2, out, **b.kw)
+    with pytest.raises(ValueError, match="max_query_len must be >= 0, got -1"):
+        prefill.sink_prefill(*common, starts, lens, -1, out, **b.kw)
+    with pytest.raises(ValueError, match="slot_mapping must be int64"):
+        cache_write.write_kv_cache(
+            b.q[:, :2], b.q[:, :2], b.k_cache, b.v_cache, torch.zeros(2).int()
+        )
+    with pytest.raises(ValueError, match=r"k_cache must be .*2, 64"):
+        cache_write.write_kv_cache(
+            b.q, b.q, b.k_cache, b.v_cache, torch.zeros(2).long()
+        )
+
+
+@pytest.mark.parametrize("window", [28, 600])
+def test_launch_arguments_are_the_kernels_own(monkeypatch, window):
+    """A compiled kernel refuses unknown names; the interpreter drops them."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+            self.arg_names = kernel.arg_names
+
+        def __getitem__(self, grid):
+            def launch(*args, **kw):
+                names = set(self.arg_names[: len(args)]) | kw.keys()
+                assert names == set(self.arg_names) | {"num_warps"} | (
+                    kw.keys() & {"num_stages"}
+                )
+                seen.append(grid)
+                return self.kernel[grid](*args, **kw)
+
+            return launch
+
+    for module, name in (
+        (decode, "sink_decode_kernel"),
+        (decode, "merge_splits_kernel"),
+        (prefill, "sink_prefill_kernel"),
+        (cache_write, "write_kv_cache_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    grids = []
+    for n in (70, 700):  # the grid does not follow the sequence
+        b = make_batch(seq_lens=[n], query_lens=[2], window=window)
+        seen.clear()
+        b.decode()
+        b.prefill()
+        cache_write.write_kv_cache(
+            b.q[:, :2], b.q[:, :2], b.k_cache, b.v_cache, torch.tensor([3, -1])
+        )
+        grids.append(list(seen))
+    assert grids[0] == grids[1]
+    assert grids[0][0] == (2, 2, launch_config.num_splits(4, window))
+
+
+def test_launchers_do_not_read_device_memory(monkeypatch):
+    """Nothing in a launcher waits for the device."""
+    batch = make_batch(seq_lens=[70], query_lens=[2])
+    starts, lens = batch.query_start_loc, torch.tensor(batch.seq_lens).int()
+    at, rows, out = batch.positions(), batch.requests(), torch.empty_like(batch.q)
+
+    def forbidden(*_):
+        raise AssertionError("a launcher read device memory")
+
+    class Nothing:
+        def __init__(self, kernel):
+            self.arg_names = kernel.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *a, **k: None
+
+    monkeypatch.setattr(
+        decode, "sink_decode_kernel", Nothing(decode.sink_decode_kernel)
+    )
+    monkeypatch.setattr(
+        prefill, "sink_prefill_kernel", Nothing(prefill.sink_prefill_kernel)
+    )
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    common = (batch.q, batch.k_cache, batch.v_cache, batch.block_table)
+    kw = batch.kw | {"k_scale": torch.ones(1), "v_scale": torch.ones(())}
+    decode.sink_decode(*common, at, rows, out, **kw)
+    prefill.sink_prefill(*common, starts, lens, 2, out, **kw)
+
+
+def test_tables_end_with_a_row_for_everything():
+    for table in (launch_config.DECODE, launch_config.PREFILL):
+        assert {"cuda", "hip"} <= table.keys()
+        for rows in table.values():
+            last = rows[-1]
+            assert (last.head_size, last.group) == (256, launch_config.ANY)
+            assert last.budget == launch_config.ANY
+
+
+def test_lookup_takes_the_first_row_that_fits():
+    a, b, c = (launch_config.LaunchConfig(16, n, 4, 2) for n in (16, 32, 64))
+    any_ = launch_config.ANY
+    table = {
+        "cuda": [Row(64, 4, 1024, a), Row(64, any_, any_, b), Row(256, any_, any_, c)],
+        "sm_90": [Row(256, any_, any_, a)],
+        "hip": [Row(256, any_, any_, b)],
+    }
+
+    def found(target="sm_89", head_size=64, group=4, budget=1024, element_size=2):
+        return launch_config.lookup(
+            table,
+            target,
+            head_size=head_size,
+            group=group,
+            budget=budget,
+            element_size=element_size,
+        )
+
+    assert found() == a
+    assert found(group=5) == found(budget=1025) == b
+    assert found(head_size=80) == c
+    assert found("sm_90", 256) == a
+    assert found("gfx1100") == b
+    assert found(head_size=80, element_size=4).block_n == 32
+    with pytest.raises(ValueError, match="head_size must be at most 256, got 264"):
+        found(head_size=264)
