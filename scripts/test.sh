@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole test suite. Every part runs; the exit status tells if any failed.
+#   bash scripts/test.sh [arguments for pytest tests]
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+cd "$ROOT"
+export OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 VLLM_SINK_TEST_MODEL=$SMOLLM2
+
+summary=()
+failed=0
+part() { # NAME COMMAND...
+    local name=$1 start=$SECONDS status=ok
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || { status="FAILED ($?)"; failed=1; }
+    summary+=("$(printf '%-22s %-12s %5ds' "$name" "$status" $((SECONDS - start)))")
+}
+
+part "ruff check" "$PYTHON" -m ruff check .
+part "ruff format" "$PYTHON" -m ruff format --check .
+part "mypy" "$PYTHON" -m mypy
+part "tests" "$PYTHON" -m pytest tests --ignore=tests/kernels \
+    --ignore=tests/kernels_aot "$@"
+# Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
+if [[ -d tests/kernels ]]; then
+    part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels
+fi
+if [[ -d tests/kernels_aot ]]; then
+    part "kernels, compiled" "$PYTHON" -m pytest tests/kernels_aot
+fi
+
+printf '\n== summary (%ds)\n' "$SECONDS"
+printf '%s\n' "${summary[@]}"
+exit "$failed"
