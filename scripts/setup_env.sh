@@ -103,6 +103,9 @@ set_up() {
         build_venv
     fi
     SMOLLM2=${VLLM_SINK_TEST_MODEL:-$ROOT/.models/smollm2}
+    if [[ -n ${VLLM_SINK_TEST_MODEL:-} && ! -d $SMOLLM2 ]]; then
+        die "VLLM_SINK_TEST_MODEL must be a model folder, got $SMOLLM2; unset it"
+    fi
     if [[ ! -d $SMOLLM2 ]]; then
         step "converting SmolLM2-135M-Instruct"
         "$PYTHON" "$ROOT/scripts/prepare_model.py" "$SMOLLM2" \
