@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
 from vllm_sink_kernels import reference
 from vllm_sink_kernels.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.launch_config import LaunchConfig

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import STALE_ID, assert_close, make_batch
-
 from vllm_sink_kernels.launch_config import LaunchConfig
 
 SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)

@@ -6,7 +6,6 @@ ties up and loses the carry into the exponent. Here values are exact in e4m3.
 
 import pytest
 import torch
-
 from vllm_sink_kernels.cache_write import write_kv_cache
 
 

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from batches import make_batch
-
 from vllm_sink_kernels import cache_write, decode, launch_config, prefill
 from vllm_sink_kernels.launch_config import Row
 

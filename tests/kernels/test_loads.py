@@ -4,7 +4,6 @@ import pytest
 import torch
 from batches import make_batch
 from triton.runtime import interpreter
-
 from vllm_sink_kernels.launch_config import LaunchConfig
 
 TILE = 16

@@ -7,7 +7,6 @@ one dense mask in fp64: no block table, no table of cosines, no turn.
 import pytest
 import torch
 from batches import make_batch, rope_table
-
 from vllm_sink_kernels import reference
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
 from vllm_sink_kernels import decode, launch_config, prefill
 from vllm_sink_kernels.arguments import Variant
 
