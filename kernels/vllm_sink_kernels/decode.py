@@ -122,7 +122,8 @@ def sink_decode_kernel(
         score_scale = score_scale * LOG2E
 
     p_q = q_ptr + i_t.to(tl.int64) * stride_qt + o_h * stride_qh
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_gd, other=0.0)
+    p_bq = p_q[:, None] + o_d[None, :]
+    b_q = tl.load(p_bq, mask=m_gd, other=0.0, eviction_policy="evict_last")
     b_pos = tl.zeros([BLOCK_G], dtype=tl.int32) + i_pos
     b_acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
@@ -135,26 +136,24 @@ def sink_decode_kernel(
             b_sum = tl.full([BLOCK_G], 1.0, dtype=tl.float32)
 
     if HAS_SINKS:
-        b_q_sink = b_q
-        if TURN:
-            budget = num_sink_tokens + window_size
-            if (tile_start < sink_tiles) & (i_pos >= budget):
-                b_q_sink = turn_query(
-                    b_q.to(tl.float32),
-                    p_q,
-                    b_pos,
-                    m_g,
-                    budget,
-                    cs_ptr,
-                    stride_cs,
-                    num_cs_rows,
-                    ROT,
-                    IS_NEOX,
-                    BLOCK_D,
-                ).to(b_q.dtype)
+        if TURN:  # rows that need no turn load nothing for it
+            b_left = tl.zeros([BLOCK_G], dtype=tl.int32) + (sink_tiles - tile_start)
+            b_q = turn_query(
+                b_q.to(tl.float32),
+                p_q,
+                b_pos,
+                m_g & (b_left > 0),
+                num_sink_tokens + window_size,
+                cs_ptr,
+                stride_cs,
+                num_cs_rows,
+                ROT,
+                IS_NEOX,
+                BLOCK_D,
+            ).to(b_q.dtype)
         for i_tile in range(tile_start, tl.minimum(tile_end, sink_tiles)):
             b_acc, b_max, b_sum = attend_tile(
-                b_q_sink,
+                b_q,
                 b_acc,
                 b_max,
                 b_sum,
@@ -178,6 +177,10 @@ def sink_decode_kernel(
                 SOFT_CAP,
                 KEY_MASK,
             )
+        if TURN:
+            # Read again rather than kept: two queries at once spill. The policies
+            # differ so that the compiler does not make one load of them.
+            b_q = tl.load(p_bq, mask=m_gd, other=0.0, eviction_policy="evict_first")
     for i_tile in range(tl.maximum(tile_start, sink_tiles), tile_end):
         b_acc, b_max, b_sum = attend_tile(
             b_q,

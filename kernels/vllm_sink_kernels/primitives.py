@@ -26,6 +26,37 @@ def load_scale(scale, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
+def turn_angles(
+    p_row,  # [M] pointers to the rows of the positions
+    m_row,  # [M]
+    o_pair,  # [N] rotary pairs
+    m_pair,  # [N]
+    budget,
+    cs_ptr,
+    stride_cs,
+    num_cs_rows,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,  # N
+):
+    """cos, sin [M, N] of R(budget - 1) R(p)^-1; 1, 0 where masked."""
+    p_cos = p_row[:, None] + o_pair[None, :]
+    m = m_row[:, None] & m_pair[None, :]
+    b_cos = tl.load(p_cos, mask=m, other=1.0).to(tl.float32)
+    b_sin = tl.load(p_cos + HALF, mask=m, other=0.0).to(tl.float32)
+    # One row serves every query: all that turn, turn to the same position.
+    o_near = tl.zeros([BLOCK], dtype=tl.int32) + (budget - 1)
+    p_near = cs_ptr + o_near.to(tl.int64) * stride_cs + o_pair
+    m_near = m_pair & (o_near < num_cs_rows)
+    b_near_cos = tl.load(p_near, mask=m_near, other=1.0).to(tl.float32)[None, :]
+    b_near_sin = tl.load(p_near + HALF, mask=m_near, other=0.0).to(tl.float32)[None, :]
+    b_norm = b_cos * b_cos + b_sin * b_sin
+    return (
+        (b_near_cos * b_cos + b_near_sin * b_sin) / b_norm,
+        (b_near_sin * b_cos - b_near_cos * b_sin) / b_norm,
+    )
+
+
+@triton.jit
 def turn_query(
     b_q,  # [M, BLOCK_D] fp32
     p_q,  # [M] pointers to the rows of b_q
@@ -47,32 +78,44 @@ def turn_query(
     """
     HALF: tl.constexpr = ROT // 2
     o_d = tl.arange(0, BLOCK_D)
-    if IS_NEOX:
-        o_pair = o_d % HALF
-        o_partner = (o_d + HALF) % ROT  # the compiler sees that this is contiguous
-        b_sign = tl.where(o_d < HALF, -1.0, 1.0)
-    else:
-        o_pair = o_d // 2
-        o_partner = o_d ^ 1
-        b_sign = tl.where(o_d % 2 == 0, -1.0, 1.0)
     m_turn = m_row & (b_pos >= budget)
-    m = (m_turn & (b_pos < num_cs_rows))[:, None] & (o_d < ROT)[None, :]
-    p_cos = (cs_ptr + b_pos.to(tl.int64) * stride_cs)[:, None] + o_pair[None, :]
-    b_cos = tl.load(p_cos, mask=m, other=1.0).to(tl.float32)
-    b_sin = tl.load(p_cos + HALF, mask=m, other=0.0).to(tl.float32)
-    # One row serves every query: all that turn, turn to the same position.
-    o_near = tl.zeros([BLOCK_D], dtype=tl.int32) + (budget - 1)
-    m_near = (o_d < ROT) & (o_near < num_cs_rows)
-    p_near = cs_ptr + o_near.to(tl.int64) * stride_cs + o_pair
-    b_cos_near = tl.load(p_near, mask=m_near, other=1.0)
-    b_sin_near = tl.load(p_near + HALF, mask=m_near, other=0.0)
-    b_cos_near = b_cos_near.to(tl.float32)[None, :]
-    b_sin_near = b_sin_near.to(tl.float32)[None, :]
-    b_partner = tl.load(p_q[:, None] + o_partner[None, :], mask=m, other=0.0)
-    b_partner = b_partner.to(tl.float32) * b_sign[None, :]
-    b_turned = b_q * (b_cos_near * b_cos + b_sin_near * b_sin)
-    b_turned += b_partner * (b_sin_near * b_cos - b_cos_near * b_sin)
-    b_turned = b_turned / (b_cos * b_cos + b_sin * b_sin)
+    m_known = m_turn & (b_pos < num_cs_rows)
+    p_row = cs_ptr + b_pos.to(tl.int64) * stride_cs
+    if IS_NEOX:
+        b_cos, b_sin = turn_angles(
+            p_row,
+            m_known,
+            o_d % HALF,
+            o_d < ROT,
+            budget,
+            cs_ptr,
+            stride_cs,
+            num_cs_rows,
+            HALF,
+            BLOCK_D,
+        )
+        o_partner = (o_d + HALF) % ROT  # the compiler sees that this is contiguous
+        m_partner = m_known[:, None] & (o_d < ROT)[None, :]
+        b_partner = tl.load(p_q[:, None] + o_partner[None, :], mask=m_partner, other=0)
+        b_sign = tl.where(o_d < HALF, -1.0, 1.0)
+        b_turned = b_q * b_cos + b_partner.to(tl.float32) * b_sign[None, :] * b_sin
+    else:
+        o_pair = tl.arange(0, BLOCK_D // 2)
+        b_cos, b_sin = turn_angles(
+            p_row,
+            m_known,
+            o_pair,
+            o_pair < HALF,
+            budget,
+            cs_ptr,
+            stride_cs,
+            num_cs_rows,
+            HALF,
+            BLOCK_D // 2,
+        )
+        b_x, b_y = tl.split(tl.reshape(b_q, [b_q.shape[0], BLOCK_D // 2, 2]))
+        b_turned = tl.join(b_x * b_cos - b_y * b_sin, b_y * b_cos + b_x * b_sin)
+        b_turned = tl.reshape(b_turned, [b_q.shape[0], BLOCK_D])
     b_turned = tl.where((b_pos < num_cs_rows)[:, None], b_turned, float("nan"))
     return tl.where(m_turn[:, None] & (o_d < ROT)[None, :], b_turned, b_q)
 
