@@ -1,0 +1,80 @@
+"""In-process engines for the tests, and a look inside them."""
+
+import contextlib
+import gc
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+@contextlib.contextmanager
+def sink_engine(model, sinks=None, window=None, *, positions="cache", **kwargs):
+    """An engine under (S, W); stock attention when ``sinks`` is None."""
+    if sinks is not None:
+        kwargs["attention_backend"] = "sink"
+        kwargs["additional_config"] = {
+            "sink": {
+                "num_sink_tokens": sinks,
+                "window_size": window,
+                "sink_positions": positions,
+            }
+        }
+    kwargs.setdefault("max_model_len", 4096)
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, disable_log_stats=True, **kwargs
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def prompt_logprobs(llm, prompts) -> list[torch.Tensor]:
+    """For each token list, [T-1] log-probabilities of its tokens."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": tokens} for tokens in prompts],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    return [
+        torch.tensor(
+            [
+                entry[token].logprob
+                for entry, token in zip(
+                    output.prompt_logprobs[1:], tokens[1:], strict=True
+                )
+            ]
+        )
+        for output, tokens in zip(outputs, prompts, strict=True)
+    ]
+
+
+def run_steps(llm, prompts, params, on_step) -> dict[str, list[int]]:
+    """Generate step by step; ``on_step()`` runs after each step."""
+    engine = llm.llm_engine
+    for index, tokens in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
+    finished = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        on_step()
+    return finished
+
+
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def manager(llm):
+    """The block manager of the first KV cache group."""
+    return core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def model_runner(llm):
+    return core(llm).model_executor.driver_worker.worker.model_runner
