@@ -28,9 +28,12 @@ def is_alive(pid: int) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The end of the log, as one short line."""
-    lines = log.read_text(errors="replace").splitlines() or [""]
-    return lines[-1].rsplit("] ", 1)[-1].strip()[:90]
+    """vLLM's last message in the log, as one short line."""
+    lines = log.read_text(errors="replace").splitlines()
+    messages = [line for line in lines if " INFO " in line and "] " in line]
+    if not messages:
+        return "importing vLLM"
+    return messages[-1].split("] ", 1)[1].strip()[:80]
 
 
 def fail(log: Path, reason: str) -> None:
