@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 MODEL = os.environ.get("VLLM_SINK_TEST_MODEL", "")
 

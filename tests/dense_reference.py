@@ -37,9 +37,7 @@ def _dense_sink_attention(module, query, key, value, mask, scaling, **kwargs):
         if _policy["positions"] == "cache" and sinks:
             distance = p.clamp(max=sinks + window - 1) - p
             turned = _turn(q, distance, _policy["theta"])
-            scores[..., :sinks] = (
-                turned @ key[:, :, :sinks].transpose(2, 3) * scaling
-            )
+            scores[..., :sinks] = turned @ key[:, :, :sinks].transpose(2, 3) * scaling
         causal = k[None] <= p[:, None]
         kept = (k[None] < sinks) | (p[:, None] - k[None] < window)
         scores = scores.masked_fill(~(causal & kept), float("-inf"))

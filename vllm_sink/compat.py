@@ -66,9 +66,7 @@ def register_kv_cache_spec() -> None:
     from vllm_sink.kv_cache_spec import SinkSpec
 
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec
-    )
+    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
 
 
 def cpu_platform_path() -> str | None:

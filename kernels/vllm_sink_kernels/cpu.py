@@ -206,7 +206,7 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 def _grouped(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[T, HQ, D] -> [HKV, G * T, D], the query heads of a KV head together."""
-    num_queries, num_heads, head_size = q.shape
+    num_queries, _, head_size = q.shape
     grouped = q.view(num_queries, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
     return grouped.reshape(num_kv_heads, -1, head_size)
 
