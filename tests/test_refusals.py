@@ -21,7 +21,6 @@ from vllm_sink.config import SinkConfig, validate_engine
         ({"sink_positions": "rel"}, r"must be 'cache' or 'absolute', got 'rel'"),
         ({"windowsize": 7}, r"got the unknown key 'windowsize' with value 7; remove"),
         ([4, 60], r"additional_config.sink must be a dict, got \[4, 60\]; pass"),
-        ({"triton_interpreter": 1}, r"triton_interpreter must be true or false, got 1"),
     ],
 )
 def test_bad_config(section, message):

@@ -22,7 +22,7 @@ SinkPositions = Literal["cache", "absolute"]
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """The policy and its debugging switches.
+    """The policy, as the user gives it.
 
     Args:
         num_sink_tokens: S >= 0; 0 is a plain sliding window.
@@ -31,15 +31,11 @@ class SinkConfig:
         sink_positions: ``cache`` caps a sink's distance at S+W-1, so distances
             stay within the trained range on endless streams; ``absolute``
             leaves it as it is.
-        triton_interpreter: Debugging only. On the CPU, run the GPU path's
-            Triton kernels under the interpreter (``TRITON_INTERPRET=1`` must
-            be set); thousands of times slower.
     """
 
     num_sink_tokens: int = 4
     window_size: int = 1024
     sink_positions: SinkPositions = "cache"
-    triton_interpreter: bool = False
 
     def __post_init__(self) -> None:
         _require_int("num_sink_tokens", self.num_sink_tokens, minimum=0)
@@ -49,11 +45,6 @@ class SinkConfig:
                 f"sink.sink_positions must be 'cache' or 'absolute', got "
                 f"{self.sink_positions!r}; 'cache' suits streams past the trained "
                 "length"
-            )
-        if not isinstance(self.triton_interpreter, bool):
-            raise ValueError(
-                "sink.triton_interpreter must be true or false, got "
-                f"{self.triton_interpreter!r}; leave it out unless you debug kernels"
             )
 
     @property
