@@ -108,7 +108,7 @@ class AttentionArgs:
             head_size=self.q.shape[2],
             group=self.q.shape[1] // self.k_cache.shape[2],
             budget=self.num_sink_tokens + self.window_size,
-            element_size=self.q.element_size(),
+            dtype=self.q.dtype,
         )
 
     def runtime(self, kernel: Any) -> dict[str, Any]:

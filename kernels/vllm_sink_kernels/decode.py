@@ -363,7 +363,10 @@ def sink_decode(
         "allocate it with workspace_shape() for the largest batch",
     )
     check_device(q, workspace=workspace)
-    config = config or args.config(launch_config.DECODE)
+    if config is None:
+        config = args.config(launch_config.DECODE)
+        if k_cache.element_size() == 1:
+            config = launch_config.halve_keys(config)
     splits = launch_config.num_splits(num_sink_tokens, window_size)
     part = workspace.view(-1) if splits > 1 else q  # q: any address, not used
     lse = part[num_tokens * num_heads * splits * head_size :] if splits > 1 else q

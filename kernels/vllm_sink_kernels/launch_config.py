@@ -93,7 +93,7 @@ PREFILL: dict[str, list[Row]] = {
     "sm_90": [
         Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
         Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
-        Row(256, ANY, ANY, LaunchConfig(64, 64, 8, 2)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 2)),
     ],
     "hip": [
         Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 1)),
@@ -102,6 +102,10 @@ PREFILL: dict[str, list[Row]] = {
     "interpreter": [Row(256, ANY, ANY, LaunchConfig(32, 32, 1, 1))],
 }
 PREFILL["sm_100"] = PREFILL["sm_90"]
+
+# fp32 has no matrix instruction of its full precision on CUDA: small tiles, many
+# threads, whatever the target.
+FP32 = LaunchConfig(32, 16, 8, 1)
 
 
 def num_splits(num_sink_tokens: int, window_size: int) -> int:
@@ -116,9 +120,9 @@ def lookup(
     head_size: int,
     group: int,
     budget: int,
-    element_size: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> LaunchConfig:
-    """The first row that fits; 4-byte elements take half the keys, unpipelined."""
+    """The first row that fits; fp32 queries take ``FP32`` on any GPU."""
     family = "hip" if target.startswith("gfx") else "cuda"
     for row in table.get(target, table[family]):
         if head_size <= row.head_size and group <= row.group and budget <= row.budget:
@@ -128,11 +132,14 @@ def lookup(
             f"head_size must be at most 256, got {head_size}; add a row to the "
             "table in launch_config.py"
         )
-    if element_size == 4 and target != "interpreter":
-        return replace(
-            row.config, block_n=max(16, row.config.block_n // 2), num_stages=1
-        )
+    if dtype == torch.float32 and target != "interpreter":
+        return FP32
     return row.config
+
+
+def halve_keys(config: LaunchConfig) -> LaunchConfig:
+    """For fp8 caches in decode: their conversion takes the registers of half a tile."""
+    return replace(config, block_n=max(32, config.block_n // 2))
 
 
 def target_of(device: torch.device) -> str:

@@ -169,14 +169,14 @@ def test_lookup_takes_the_first_row_that_fits():
         "hip": [Row(256, any_, any_, b)],
     }
 
-    def found(target="sm_89", head_size=64, group=4, budget=1024, element_size=2):
+    def found(target="sm_89", head_size=64, group=4, budget=1024, dtype=torch.float16):
         return launch_config.lookup(
             table,
             target,
             head_size=head_size,
             group=group,
             budget=budget,
-            element_size=element_size,
+            dtype=dtype,
         )
 
     assert found() == a
@@ -184,6 +184,6 @@ def test_lookup_takes_the_first_row_that_fits():
     assert found(head_size=80) == c
     assert found("sm_90", 256) == a
     assert found("gfx1100") == b
-    assert found(head_size=80, element_size=4).block_n == 32
+    assert found(head_size=80, dtype=torch.float32) == launch_config.FP32
     with pytest.raises(ValueError, match="head_size must be at most 256, got 264"):
         found(head_size=264)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -123,8 +124,10 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
         head_size=case.head_size,
         group=variant.group,
         budget=sinks + window,
-        element_size=4 if case.dtype == "fp32" else 2,
+        dtype=torch.float32 if case.dtype == "fp32" else torch.bfloat16,
     )
+    if case.kernel == "decode" and case.kv == "fp8":
+        config = launch_config.halve_keys(config)
     if case.kernel == "decode":
         fn = decode.sink_decode_kernel
         splits = launch_config.num_splits(sinks, window)

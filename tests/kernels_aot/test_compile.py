@@ -1,0 +1,93 @@
+"""The shipped kernels compile for every target within what the target has.
+
+The default is a case or two for each target; ``KERNELS_AOT=all`` compiles every
+shipped configuration, as the table in benchmarks/results does (about 12 minutes on
+one core the first time, seconds from Triton's cache).
+"""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import triton
+from compile_kernels import TARGETS, Case, compile_case, problems, shipped_cases
+from triton.compiler import ASTSource
+from vllm_sink_kernels import cache_write, decode
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "benchmarks/results/kernel_resources.csv"
+ALL = os.environ.get("KERNELS_AOT") == "all"
+
+
+def cases() -> list[Case]:
+    if ALL:
+        return shipped_cases()
+    chosen = [
+        Case(kernel, target, 128, (32, 8), (4, 4092))
+        for kernel in ("decode", "prefill")
+        for target in TARGETS
+    ]
+    assert set(chosen) <= set(shipped_cases())
+    return chosen
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_compiles_within_the_target(case):
+    _, resources = compile_case(case)
+    assert not problems(case, resources), resources
+
+
+def test_the_table_holds_every_shipped_case_and_none_fails():
+    with TABLE.open() as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == len(shipped_cases())
+    for case, row in zip(shipped_cases(), rows, strict=True):
+        assert (row["kernel"], row["target"]) == (case.kernel, case.target)
+        assert row["spills"] == row["stack"] == "0", row
+        assert int(row["shared"]) <= TARGETS[case.target][1]
+        if case.dtype == "bf16":
+            assert int(row["matrix_instructions"]) > 0, row
+
+
+def compile_small(kernel, target, constants, types):
+    """Compile a kernel whose pointers have ``types`` by name, the rest int32."""
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if name.endswith("_ptr"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attrs), target=TARGETS[target][0]
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge_and_cache_write_compile(target):
+    constants = {
+        "NUM_HEADS": 32,
+        "HEAD_SIZE": 128,
+        "SPLITS": 16,
+        "BLOCK_S": 16,
+        "BLOCK_D": 128,
+    }
+    types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "positions_ptr": "*i32"}
+    types["out_ptr"] = "*bf16"
+    compile_small(decode.merge_splits_kernel, target, constants, types)
+    fp8 = {"gfx942": ("*fp8e4b8", 240.0), "sm_80": ("*bf16", 0.0)}
+    cache, top = fp8.get(target, ("*fp8e4nv", 448.0))
+    for cache, top in {("*bf16", 0.0), (cache, top)}:
+        constants = {
+            "NUM_KV_HEADS": 8,
+            "HEAD_SIZE": 128,
+            "BLOCK_SIZE": 16,
+            "FP8_MAX": top,
+            "K_SCALE_TENSOR": True,
+            "V_SCALE_TENSOR": False,
+            "BLOCK_H": 8,
+            "BLOCK_D": 128,
+        }
+        types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i64"}
+        types |= {"k_cache_ptr": cache, "v_cache_ptr": cache}
+        types |= {"k_scale": "*fp32", "v_scale": "fp32"}
+        compile_small(cache_write.write_kv_cache_kernel, target, constants, types)
