@@ -75,8 +75,8 @@ def test_merge_and_cache_write_compile(target):
     types["out_ptr"] = "*bf16"
     compile_small(decode.merge_splits_kernel, target, constants, types)
     fp8 = {"gfx942": ("*fp8e4b8", 240.0), "sm_80": ("*bf16", 0.0)}
-    cache, top = fp8.get(target, ("*fp8e4nv", 448.0))
-    for cache, top in {("*bf16", 0.0), (cache, top)}:
+    quantized = fp8.get(target, ("*fp8e4nv", 448.0))
+    for cache, top in {("*bf16", 0.0), quantized}:
         constants = {
             "NUM_KV_HEADS": 8,
             "HEAD_SIZE": 128,
