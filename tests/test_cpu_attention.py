@@ -1,0 +1,134 @@
+"""The CPU path's plan and tiles against the kernels' reference."""
+
+import itertools
+
+import pytest
+import torch
+from vllm_sink_kernels import cpu, reference
+
+from vllm_sink.rope import Rotation
+
+SIZE, DIM = 16, 32
+
+
+def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
+    """Permuted blocks; NaN wherever no query of the step may look."""
+    torch.manual_seed(seed)
+    sinks, window = policy
+    width = max(-(-seq_len // SIZE) for _, seq_len in lengths)
+    num_blocks = 1 + width * len(lengths)
+    order = (torch.randperm(num_blocks - 1) + 1).tolist()
+    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, DIM), float("nan"))
+    # Stale ids, out of range, wherever a row isn't filled in below.
+    table = torch.full((len(lengths), width), num_blocks + 7, dtype=torch.int32)
+    starts = [0]
+    for row, (num_queries, seq_len) in enumerate(lengths):
+        first = seq_len - num_queries
+        starts.append(starts[-1] + num_queries)
+        for block in range(-(-seq_len // SIZE)):
+            seen = [
+                k
+                for k in range(block * SIZE, min((block + 1) * SIZE, seq_len))
+                if k < sinks or k > first - window
+            ]
+            if seen:
+                table[row, block] = block_id = order.pop()
+                slots = torch.tensor(seen) % SIZE
+                for offset in (0, SIZE):
+                    shape = (kv_heads, len(seen), DIM)
+                    pages[block_id, :, slots + offset] = torch.randn(shape)
+    q = torch.randn(starts[-1], heads, DIM)
+    return q, pages, table, starts, [seq_len for _, seq_len in lengths]
+
+
+def table_rows(rotary_dim: int) -> torch.Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angle = torch.arange(400)[:, None] * frequency
+    return 1.2 * torch.cat([angle.cos(), angle.sin()], dim=1)  # YaRN's magnitude
+
+
+@pytest.mark.parametrize("policy", [(4, 60), (0, 33), (1, 1), (20, 13), (40, 400)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (5, 1), (9, 3)])
+@pytest.mark.parametrize("soft_cap, with_logits", [(0.0, False), (8.0, True)])
+@pytest.mark.parametrize("rotary", [None, (32, True), (16, False)])
+def test_attend_equals_reference(
+    policy, heads, kv_heads, soft_cap, with_logits, rotary
+):
+    lengths = [(1, 1), (1, 130), (3, 3), (150, 300), (17, 81), (1, 64), (2, 65)]
+    q, pages, table, starts, seq_lens = make_batch(heads, kv_heads, lengths, policy)
+    sinks, window = policy
+    logits = torch.randn(heads) if with_logits else None
+    turn, rows, is_neox = None, None, True
+    if rotary is not None:
+        rotary_dim, is_neox = rotary
+        rows = table_rows(rotary_dim)
+        positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
+        turn = (*Rotation(rows, is_neox).turn(positions, sinks + window), is_neox)
+    tiles = cpu.plan(
+        table,
+        starts,
+        seq_lens,
+        num_sink_tokens=sinks,
+        window_size=window,
+        block_size=SIZE,
+        tile_queries=64,
+    )
+    out = torch.full_like(q, float("nan"))
+    scale = DIM**-0.5
+    common = dict(scale=scale, soft_cap=soft_cap, sink_logits=logits)
+    cpu.attend(q, pages, tiles, out, turn=turn, **common)
+    want = reference.sink_attention(
+        q,
+        pages[:, :, :SIZE].transpose(1, 2),
+        pages[:, :, SIZE:].transpose(1, 2),
+        table,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(seq_lens, dtype=torch.int32),
+        num_sink_tokens=sinks,
+        window_size=window,
+        cos_sin_cache=rows,
+        is_neox=is_neox,
+        **common,
+    )
+    assert torch.allclose(out, want, atol=2e-5)
+
+
+def test_work_does_not_grow_with_the_stream():
+    """The plan of one decoded token gathers the same at 1,000 and 1,000,000."""
+    gathered = []
+    for seq_len in (1000, 1_000_000):
+        table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
+        (tile,) = cpu.plan(
+            table,
+            [0, 1],
+            [seq_len],
+            num_sink_tokens=4,
+            window_size=60,
+            block_size=SIZE,
+        )
+        gathered.append((len(tile.sink_blocks), len(tile.window_blocks)))
+    assert all(a + b <= 1 + 5 for a, b in gathered), gathered
+
+
+def test_write_kv_places_tokens():
+    pages = torch.zeros(3, 2, 2 * SIZE, DIM)
+    key, value = torch.randn(2, 2, DIM), torch.randn(2, 2, DIM)
+    cpu.write_kv(key, value, pages, torch.tensor([2, 1]), torch.tensor([5, 0]))
+    for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
+        assert torch.equal(pages[block, :, slot], key[token])
+        assert torch.equal(pages[block, :, slot + SIZE], value[token])
+    assert int((pages != 0).sum()) == 2 * 2 * 2 * DIM
+
+
+def test_every_case_of_a_tile_edge():
+    """One query at every position equals the whole prefill at once."""
+    policy = (3, 5)
+    q, pages, table, starts, seq_lens = make_batch(2, 1, [(40, 40)], policy)
+    kwargs = dict(num_sink_tokens=3, window_size=5, block_size=SIZE)
+    whole = torch.empty_like(q)
+    cpu.attend(q, pages, cpu.plan(table, starts, seq_lens, **kwargs), whole, scale=1.0)
+    for size, position in itertools.product((1, 7), range(0, 35, 3)):
+        part = torch.empty(size, 2, DIM)
+        tiles = cpu.plan(table, [0, size], [position + size], **kwargs)
+        cpu.attend(q[position : position + size], pages, tiles, part, scale=1.0)
+        assert torch.allclose(part, whole[position : position + size], atol=1e-5)
