@@ -83,7 +83,7 @@ PREFILL: dict[str, list[Row]] = {
     "cuda": [
         Row(64, ANY, ANY, LaunchConfig(64, 64, 4, 3)),
         Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 2)),
-        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 1)),
+        Row(256, ANY, ANY, LaunchConfig(32, 32, 8, 1)),
     ],
     "sm_80": [
         Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
