@@ -201,3 +201,79 @@ def attend_tile(
     b_acc = b_acc * b_alpha[:, None]
     b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision="ieee")
     return b_acc, b_new, b_sum
+
+
+@triton.jit
+def find_request(query_start_ptr, num_requests, i_tile, TILE_Q: tl.constexpr):
+    """The request that owns query tile ``i_tile``.
+
+    Request r owns the tiles from ``start[r] // TILE_Q + r`` on: room enough for
+    its own, whatever precedes it, and strictly increasing even over empty
+    requests, so a binary search finds it without a list from the host.
+    """
+    i_low = 0
+    i_high = num_requests
+    while i_high - i_low > 1:
+        i_mid = (i_low + i_high) // 2
+        if tl.load(query_start_ptr + i_mid) // TILE_Q + i_mid <= i_tile:
+            i_low = i_mid
+        else:
+            i_high = i_mid
+    return i_low
+
+
+@triton.jit
+def attend_range(
+    b_q,
+    b_acc,
+    b_max,
+    b_sum,
+    i_start,
+    i_end,
+    k_end,
+    b_pos,
+    window_size,
+    p_table,
+    p_k,
+    p_v,
+    stride_kb,
+    stride_kn,
+    stride_vb,
+    stride_vn,
+    score_scale,
+    soft_cap,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """``attend_tile`` over the tiles that start at ``i_start``, .. below ``i_end``."""
+    for i_key in range(i_start, i_end, BLOCK_N):
+        b_acc, b_max, b_sum = attend_tile(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            i_key,
+            k_end,
+            b_pos,
+            window_size,
+            p_table,
+            p_k,
+            p_v,
+            stride_kb,
+            stride_kn,
+            stride_vb,
+            stride_vn,
+            score_scale,
+            soft_cap,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_SIZE,
+            SOFT_CAP,
+            MASK,
+        )
+    return b_acc, b_max, b_sum
