@@ -1,6 +1,6 @@
 """Every touch of vLLM that depends on its version, in one place.
 
-Checked against vLLM 0.32.0 and 0.33.0. No function of vLLM is replaced here.
+Written for vLLM 0.32 and 0.33, run on 0.32.0. No function of vLLM is replaced.
 The backend's enum member gets a pickling method of its own: vLLM pickles the
 member by value into spawned processes, where it is looked up before plugins
 load, and an unknown value is an error.
@@ -21,14 +21,14 @@ BACKEND_PATH = "vllm_sink.backend.SinkBackend"
 
 
 def warn_if_unsupported() -> None:
-    """Warn, once a process, when vLLM is outside the range that was checked."""
+    """Warn, once a process, when vLLM is outside the supported range."""
     import vllm
 
     version = str(vllm.__version__)
     match = re.match(r"(\d+\.\d+)", version)
     if match is None or match.group(1) not in SUPPORTED_VLLM:
         warnings.warn(
-            f"vllm-sink was checked with vLLM {' and '.join(SUPPORTED_VLLM)}, got "
+            f"vllm-sink supports vLLM {' and '.join(SUPPORTED_VLLM)}, got "
             f"{version}; without --attention-backend sink nothing changes, with it "
             "install a supported version",
             stacklevel=2,

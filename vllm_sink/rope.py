@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Rotations that are a fixed table, one row a position; each read in vLLM 0.32
-# and 0.33. The magnitude factor of YaRN stands in its rows.
+# Rotations that are a fixed table, one row a position; each read in vLLM 0.32.
+# The magnitude factor of YaRN stands in its rows.
 _TABLE_ROTATIONS = frozenset(
     {
         "RotaryEmbedding",
