@@ -1,0 +1,1 @@
+"""Evaluation of cache policies on long inputs. Start with ``evals/README.md``."""

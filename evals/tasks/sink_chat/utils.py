@@ -1,0 +1,130 @@
+"""Is the system prompt still obeyed after the window slid past it?
+
+A conversation: a rule in the system prompt and examples of it, then turns in which
+the user gives prose and the assistant answers with a number (digits have no case and
+tell nothing of the rule), then a question. Scored by string.
+"""
+
+import functools
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import sink_data
+
+# Shown right after the system prompt: small models need to see a rule at work.
+EXAMPLES = (
+    ("What do cows drink?", "Cows drink water."),
+    ("Who wrote Hamlet?", "Hamlet was written by Shakespeare."),
+    ("What do we use to cut bread?", "We cut bread with a knife."),
+)
+CODE_WORDS = ("tangerine", "lighthouse", "butterfly", "cathedral", "volcano", "marble")
+QUESTIONS = (
+    "What is the capital of France?",
+    "What colour is the sky on a clear day?",
+    "Which animal gives us wool?",
+    "What do bees make?",
+    "In which season does snow fall?",
+    "What do we call frozen water?",
+    "Which planet do we live on?",
+    "What is the opposite of hot?",
+)
+PASSAGE = "How many words are in this passage?"
+RULES = ("upper_case", "code_word")
+TURN_WORDS = 60
+
+
+def _instructions(rule: str, code_word: str) -> tuple[str, list[tuple[str, str]]]:
+    """The system prompt and examples that obey it."""
+    if rule == "upper_case":
+        system = "You write every answer in upper case letters only."
+        return system, [(ask, answer.upper()) for ask, answer in EXAMPLES]
+    system = f"Whatever you are asked, you answer with the code word {code_word}."
+    return system, [(ask, f"{code_word}.") for ask, _ in EXAMPLES]
+
+
+def documents(
+    lengths: list[int],
+    num_samples: int = 1,
+    data_seed: int = 0,
+    max_gen_toks: int = 24,
+    **settings: Any,
+) -> dict[str, Any]:
+    """One conversation for each length and sample.
+
+    Rendered by the tokenizer's chat template (plain ``User:`` lines without one):
+    run it without ``--apply_chat_template``. Each doc: ``prompt`` of at most
+    ``length`` tokens, ``num_tokens``, ``num_rule_tokens``: the tokens up to the end
+    of the examples; ``num_sink_tokens`` must be that many to keep the rule.
+    """
+    sink_data.check_lengths(lengths, max_gen_toks, **settings)
+    tokenizer = sink_data.get_tokenizer(**settings)
+    text = sink_data.prose(**settings)
+    docs = []
+    for length in lengths:
+        for index in range(num_samples):
+            rng = random.Random(f"chat {data_seed} {length} {index}")
+            rule = RULES[index % len(RULES)]
+            code_word = rng.choice(CODE_WORDS)
+            question = rng.choice(QUESTIONS)
+            system, examples = _instructions(rule, code_word)
+            ends = sink_data.word_ends(text)
+            room = max(1, sum(end < len(text) - 12 * length for end in ends))
+            part = text[ends[rng.randrange(room)] :].lstrip()
+            opening = [{"role": "system", "content": system}]
+            for ask, answer in examples:
+                opening.append({"role": "user", "content": ask})
+                opening.append({"role": "assistant", "content": answer})
+            render = functools.partial(_conversation, tokenizer, opening, question)
+            prompt = sink_data.fill(tokenizer, length, part, render)
+            last = examples[-1][1]
+            # Before the first passage, "last" ends with the last example.
+            start = prompt[: prompt.index(PASSAGE)]
+            kept = start[: start.rindex(last) + len(last)]
+            docs.append(
+                {
+                    "prompt": prompt,
+                    "answer": code_word if rule == "code_word" else "",
+                    "rule": rule,
+                    "length": length,
+                    "num_tokens": sink_data.count_tokens(tokenizer, prompt),
+                    "num_rule_tokens": sink_data.count_tokens(tokenizer, kept),
+                }
+            )
+    return sink_data.as_dataset(docs)
+
+
+def _conversation(tokenizer, opening: list[dict], question: str, part: str) -> str:
+    messages = list(opening)
+    words = part.split()
+    for start in range(0, len(words), TURN_WORDS):
+        passage = words[start : start + TURN_WORDS]
+        content = f"{PASSAGE}\n{' '.join(passage)}"
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": str(len(passage))})
+    messages.append({"role": "user", "content": question})
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def obeys(rule: str, code_word: str, answer: str) -> bool:
+    """Whether the answer is upper case throughout, or starts with the code word."""
+    if rule == "upper_case":
+        return answer.isupper()
+    return sink_data.first_word(answer) == code_word
+
+
+def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 where the rule is obeyed."""
+    right = float(obeys(doc["rule"], doc["answer"], results[0]))
+    return {
+        "acc": right,
+        f"acc_{doc['rule']}": right,
+        f"acc_len_{doc['length']}": right,
+    }
