@@ -1,10 +1,6 @@
-"""The ``SINK`` attention backend: what vLLM asks of a backend class.
+"""The ``SINK`` attention backend: what vLLM asks of a backend class; the CPU path.
 
-The policy travels like this: vLLM builds the layers under the engine's config,
-so :class:`SinkImpl` reads it there and leaves it in ``_engine_config``;
-``customize_spec``, which vLLM calls later in the same process without any
-config, takes it from there and puts it into the spec, which is pickled to the
-engine core. :class:`SinkMetadataBuilder` checks that spec and config agree.
+The GPU path is ``gpu_backend``; ``base`` is what both share.
 """
 
 from __future__ import annotations
@@ -13,13 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionImpl,
     AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
@@ -27,13 +19,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 from vllm_sink_kernels import cpu
 
-from vllm_sink.config import SinkConfig, validate_engine
+from vllm_sink.base import SinkBuilderBase, SinkImplBase, engine_config
 from vllm_sink.kv_cache_spec import SinkSpec
-from vllm_sink.layout import RetentionPolicy
-from vllm_sink.rope import Rotation, check_table, find_rotation
-
-# The config of the engine whose layers were built last in this process.
-_engine_config = SinkConfig()
 
 
 class SinkBackend(AttentionBackend):
@@ -91,7 +78,7 @@ class SinkBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Full attention becomes the sink policy; other windows stay as they are."""
         if type(spec) is FullAttentionSpec and spec.sliding_window is None:
-            return SinkSpec.from_full(spec, _engine_config)
+            return SinkSpec.from_full(spec, engine_config())
         return spec
 
     @classmethod
@@ -143,48 +130,8 @@ class SinkMetadata(AttentionMetadata):
     turns: dict[int, tuple[torch.Tensor, torch.Tensor, bool]]
 
 
-class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
+class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
     """Plans a step once for all layers of a group."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        config = validate_engine(vllm_config)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self.block_size = kv_cache_spec.block_size
-        self.rotations: dict[int, Rotation] = {}
-        if isinstance(kv_cache_spec, SinkSpec):
-            self.policy = RetentionPolicy(
-                kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
-            )
-            assert self.policy == config.policy, (
-                f"spec has {self.policy}, config has {config.policy}"
-            )
-            self._find_rotations(layers, config, vllm_config.model_config.max_model_len)
-        else:
-            windows = {layer.sliding_window for layer in layers.values()}
-            assert len(windows) == 1, f"one group, several windows: {windows}"
-            self.policy = RetentionPolicy(0, windows.pop())
-
-    def _find_rotations(
-        self, layers: dict[str, Any], config: SinkConfig, max_model_len: int
-    ) -> None:
-        reached = config.policy.budget < max_model_len
-        if config.sink_positions == "absolute" or not config.num_sink_tokens:
-            reached = False
-        for name, layer in layers.items():
-            if not reached:
-                layer.impl.rotation = None
-                continue
-            rotation = find_rotation(name, layer)
-            check_table(name, rotation, max_model_len)
-            layer.impl.rotation = rotation
-            self.rotations[id(rotation.cos_sin_cache)] = rotation
 
     def build(
         self,
@@ -228,40 +175,8 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
         )
 
 
-class SinkImpl(AttentionImpl[SinkMetadata]):
+class SinkImpl(SinkImplBase[SinkMetadata]):
     """One layer's attention on the CPU."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        global _engine_config
-        _engine_config = validate_engine(get_current_vllm_config())
-        if alibi_slopes is not None:
-            raise ValueError(
-                "model must not use ALiBi with --attention-backend sink, got "
-                f"{len(alibi_slopes)} slopes; drop the flag"
-            )
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_size = head_size
-        self.scale = scale
-        self.kv_cache_dtype = kv_cache_dtype
-        self.soft_cap = logits_soft_cap or 0.0
-        self.writes_cache = kv_sharing_target_layer_name is None
-        self.sink_logits = sinks
-        # Set by the builder, which sees the layers; None: no turn.
-        self.rotation: Rotation | None = None
 
     def forward(
         self,
