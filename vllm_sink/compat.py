@@ -9,8 +9,11 @@ load, and an unknown value is an error.
 from __future__ import annotations
 
 import re
+import socket
 import warnings
 from typing import TYPE_CHECKING
+
+from vllm_sink import __version__
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -36,10 +39,7 @@ def warn_if_unsupported() -> None:
 
 
 def register_backend_member() -> AttentionBackendEnum:
-    """Add ``SINK`` to vLLM's backend enum; idempotent. Returns the member.
-
-    Also the unpickler of the member (see the module's docstring).
-    """
+    """Add ``SINK`` to vLLM's backend enum; idempotent. Returns the member."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
@@ -51,7 +51,24 @@ def register_backend_member() -> AttentionBackendEnum:
 
 
 def _reduce_member(protocol: int):
-    return register_backend_member, ()
+    return restore_backend_member, (__version__,)
+
+
+def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
+    """Unpickle the member in another process, maybe on another machine.
+
+    vLLM's configuration holds the member and goes to every worker, so this is
+    where a node with another vllm-sink is found, before anything is loaded.
+
+    Raises:
+        RuntimeError: Names this node, its version and the sender's.
+    """
+    if sender_version != __version__:
+        raise RuntimeError(
+            f"vllm-sink on node {socket.gethostname()} must be {sender_version} like "
+            f"the driver's, got {__version__}; install one version on every node"
+        )
+    return register_backend_member()
 
 
 def register_kv_cache_spec() -> None:

@@ -1,12 +1,13 @@
 """The CPU platform that honours ``--attention-backend sink``.
 
-vLLM's ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend. The
-class here derives from whatever vLLM detected (Zen CPUs have their own) and
-changes nothing unless ``sink`` is selected.
+vLLM's ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend, and
+the platform refuses Ray. The class here derives from whatever vLLM detected
+(Zen CPUs have their own) and changes nothing unless ``sink`` or Ray is selected.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vllm.platforms import builtin_platform_plugins
@@ -21,7 +22,16 @@ _CpuPlatform = resolve_obj_by_qualname(builtin_platform_plugins["cpu"]())
 
 
 class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
-    """vLLM's CPU platform plus one more attention backend."""
+    """vLLM's CPU platform plus one more attention backend, and Ray."""
+
+    @property
+    def ray_device_key(self) -> str:
+        """The Ray resource of one worker: real CPUs, none pretended.
+
+        A worker asks Ray for the ids of the devices of this name that it was
+        given. Ray lists accelerators alone, so a worker asks for those: none.
+        """
+        return "GPU" if "VLLM_SINK_RAY_WORKER" in os.environ else "CPU"
 
     @classmethod
     def get_attn_backend_cls(
@@ -38,5 +48,9 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         super().check_and_update_config(vllm_config)
+        if vllm_config.parallel_config.distributed_executor_backend == "ray":
+            from vllm_sink.ray_executor import CpuRayExecutor
+
+            vllm_config.parallel_config.distributed_executor_backend = CpuRayExecutor
         if config.is_selected(vllm_config):
             config.validate_engine(vllm_config)

@@ -1,0 +1,35 @@
+"""vLLM's Ray executor on CPUs.
+
+vLLM's own reserves a device of ``current_platform.ray_device_key`` for each
+worker and passes the key to Ray as a custom resource, which Ray refuses for
+``"CPU"``. Here a worker is an actor inside a placement group bundle of one
+CPU, and needs nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+
+# Marks a worker's process; see SinkCpuPlatform.ray_device_key.
+WORKER_VARIABLE = "VLLM_SINK_RAY_WORKER"
+
+
+class CpuRayExecutor(RayExecutorV2):
+    """``--distributed-executor-backend ray`` where there are only CPUs."""
+
+    def _build_runtime_env(self) -> dict:
+        runtime_env = super()._build_runtime_env()
+        env_vars = runtime_env["env_vars"]
+        env_vars[WORKER_VARIABLE] = "1"
+        # Ray gives an actor one thread unless its environment says otherwise
+        # from the start; vLLM's own forwarding comes too late for OpenMP.
+        if "OMP_NUM_THREADS" in os.environ:
+            env_vars.setdefault("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+        return runtime_env
+
+    @staticmethod
+    def _get_actor_resource_kwargs() -> dict[str, Any]:
+        return {"num_gpus": 0}  # the bundle holds the CPU
