@@ -42,3 +42,74 @@ def perplexity_by_position(csv_path: Path, png_path: Path) -> None:
     axes.grid(which="both", **GRID)
     axes.legend(fontsize=8)
     save(figure, png_path)
+
+
+def of_parts(parts: list[dict], out: Path) -> None:
+    """A picture a task of ``evals.run``'s results, by what its samples carry."""
+    by_task = defaultdict(list)
+    for part in parts:
+        by_task[part["task"]].append(part)
+    for task, group in by_task.items():
+        samples = group[0]["samples"]
+        path = out / f"{task}.png"
+        if {"end", "num_tokens"} <= samples[0].keys():
+            _lines(group, path, "end", "tokens", "perplexity", _perplexity)
+        elif "distance" in samples[0]:
+            _lines(group, path, "distance", "tokens back", "accuracy", _accuracy)
+        elif "depth" in samples[0]:
+            _heat_maps(group, path)
+        elif "length" in samples[0] and "acc" in samples[0]:
+            _lines(group, path, "length", "tokens", "accuracy", _accuracy)
+
+
+def _perplexity(samples: list[dict]) -> float:
+    tokens = sum(sample["num_tokens"] for sample in samples)
+    return math.exp(-sum(sample["response"][0] for sample in samples) / tokens)
+
+
+def _accuracy(samples: list[dict]) -> float:
+    return sum(sample["acc"] for sample in samples) / len(samples)
+
+
+def _lines(parts, path: Path, key: str, x: str, y: str, value) -> None:
+    """A line a policy: ``value`` of the samples with equal ``key``."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for part in parts:
+        groups = defaultdict(list)
+        for sample in part["samples"]:
+            groups[sample[key]].append(sample)
+        points = [(place, value(groups[place])) for place in sorted(groups)]
+        name = part["config"]["policy"]["name"]
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
+    axes.set(title=parts[0]["task"], xlabel=x, ylabel=y)
+    if y == "accuracy":
+        axes.set_ylim(-0.05, 1.05)
+    axes.grid(**GRID)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def _heat_maps(parts, path: Path) -> None:
+    """A panel a policy: accuracy by length and depth."""
+    figure, panels = plt.subplots(
+        1, len(parts), figsize=(3.4 * len(parts), 3.2), squeeze=False
+    )
+    samples = parts[0]["samples"]
+    lengths = sorted({sample["length"] for sample in samples})
+    depths = sorted({sample["depth"] for sample in samples})
+    for axes, part in zip(panels[0], parts, strict=True):
+        cells = defaultdict(list)
+        for sample in part["samples"]:
+            cells[sample["depth"], sample["length"]].append(sample)
+        grid = [
+            [_accuracy(cells[d, n]) if cells[d, n] else math.nan for n in lengths]
+            for d in depths
+        ]
+        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(lengths)), lengths, fontsize=7, rotation=45)
+        axes.set_yticks(range(len(depths)), [f"{d}%" for d in depths], fontsize=7)
+        axes.set_title(part["config"]["policy"]["name"], fontsize=9)
+        axes.set_xlabel("tokens", fontsize=8)
+    panels[0][0].set_ylabel("depth", fontsize=8)
+    figure.suptitle(parts[0]["task"], fontsize=10)
+    save(figure, path)
