@@ -69,15 +69,6 @@ class Oracle:
         windowed = self.blocks(self.window - 1 + in_flight)
         return self.blocks(self.num_sinks) + windowed + 1
 
-    def peak(self, cached: int, tokens: int, chunk: int) -> int:
-        """Most blocks held while ``cached .. tokens`` is computed in chunks."""
-        most, done = 0, cached
-        while done < tokens:
-            end = min(done + chunk, tokens)
-            most = max(most, len(self.must_hold(done, end)))
-            done = end
-        return most
-
     def write(self, row: list[int], start: int, end: int, sequence: Sequence) -> None:
         """The worker's step: keys of ``start .. end-1`` go into their slots."""
         for position in range(start, end):

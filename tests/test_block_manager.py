@@ -5,6 +5,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
+from tests.block_managers import make_manager
 from vllm_sink.layout import RetentionPolicy, cdiv
 
 
@@ -22,6 +23,19 @@ def test_gap_is_what_no_later_query_sees():
                 )
             ]
             assert list(range(first, last)) == unseen
+
+
+def test_a_request_in_its_first_block_needs_no_second():
+    """Nothing of it is cached yet, so vLLM's usual mark of a running request is off."""
+    manager = make_manager(
+        RetentionPolicy(16, 32), 16, 2, max_model_len=64, max_in_flight_tokens=16
+    )
+    request = Request("a", [1] * 5, SamplingParams(max_tokens=9), None)
+    assert manager.allocate_slots(request, 5)
+    request.num_computed_tokens = 5
+    request.append_output_token_ids(2)
+    assert manager.block_pool.get_num_free_blocks() == 0
+    assert manager.allocate_slots(request, 1) is not None
 
 
 def test_sinks_outlive_their_tails_in_the_cache():

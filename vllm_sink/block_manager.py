@@ -85,10 +85,10 @@ class SinkManager(SlidingWindowManager):
         count against it, and the gap of the hit does not.
         """
         num_required = cdiv(num_tokens, self.block_size)
-        if request_id in self.num_cached_block:
+        # Not num_cached_block: it has no entry before a first block is full.
+        if row := self.req_to_blocks.get(request_id):
             assert not new_computed_blocks, "a running request has no new hits"
-            held = len(self.req_to_blocks.get(request_id, ()))
-            return max(num_required - held, 0)
+            return max(num_required - len(row), 0)
 
         first, last = self.policy.gap_blocks(total_computed_tokens, self.block_size)
         num_held = num_required - (last - first)
