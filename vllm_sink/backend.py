@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionMetadata,
@@ -19,8 +20,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 from vllm_sink_kernels import cpu
 
+from vllm_sink import gpu_support
 from vllm_sink.base import SinkBuilderBase, SinkImplBase, engine_config
 from vllm_sink.kv_cache_spec import SinkSpec
+
+
+def serves_in_triton() -> bool:
+    """The GPU path: on GPUs, and on a CPU if the config asks for the interpreter."""
+    return not current_platform.is_cpu() or engine_config().triton_interpreter
 
 
 class SinkBackend(AttentionBackend):
@@ -39,11 +46,19 @@ class SinkBackend(AttentionBackend):
         return "SINK"
 
     @staticmethod
-    def get_impl_cls() -> type[SinkImpl]:
+    def get_impl_cls() -> type[SinkImplBase]:
+        if serves_in_triton():
+            from vllm_sink.gpu_backend import SinkGpuImpl  # imports Triton
+
+            return SinkGpuImpl
         return SinkImpl
 
     @staticmethod
-    def get_builder_cls() -> type[SinkMetadataBuilder]:
+    def get_builder_cls() -> type[SinkBuilderBase]:
+        if serves_in_triton():
+            from vllm_sink.gpu_backend import SinkGpuMetadataBuilder
+
+            return SinkGpuMetadataBuilder
         return SinkMetadataBuilder
 
     @staticmethod
@@ -51,8 +66,20 @@ class SinkBackend(AttentionBackend):
         return [MultipleOf(16)]
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        if serves_in_triton():
+            return None  # any: the kernels take strides
         return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return current_platform.is_cpu() or gpu_support.supports_head_size(head_size)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype) -> bool:
+        if kv_cache_dtype in gpu_support.FP8_KV_CACHE_DTYPES:
+            return not current_platform.is_cpu()
+        return super().supports_kv_cache_dtype(kv_cache_dtype)
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -72,7 +99,22 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability) -> bool:
-        return False  # the CUDA path is not wired yet: vLLM refuses by name
+        return gpu_support.supports_capability(capability)
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability,
+    ) -> str | None:
+        return gpu_support.refusal(head_size, dtype, kv_cache_dtype, device_capability)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

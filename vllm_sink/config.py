@@ -8,6 +8,7 @@ environment variables don't reach.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,11 +32,15 @@ class SinkConfig:
         sink_positions: ``cache`` caps a sink's distance at S+W-1, so distances
             stay within the trained range on endless streams; ``absolute``
             leaves it as it is.
+        triton_interpreter: For debugging and tests: the CPU serves through the GPU
+            path, its kernels interpreted (milliseconds a program, fp32 or fp16).
+            Needs ``TRITON_INTERPRET=1`` in the environment.
     """
 
     num_sink_tokens: int = 4
     window_size: int = 1024
     sink_positions: SinkPositions = "cache"
+    triton_interpreter: bool = False
 
     def __post_init__(self) -> None:
         _require_int("num_sink_tokens", self.num_sink_tokens, minimum=0)
@@ -45,6 +50,11 @@ class SinkConfig:
                 f"sink.sink_positions must be 'cache' or 'absolute', got "
                 f"{self.sink_positions!r}; 'cache' suits streams past the trained "
                 "length"
+            )
+        if not isinstance(self.triton_interpreter, bool):
+            raise ValueError(
+                "sink.triton_interpreter must be true or false, got "
+                f"{self.triton_interpreter!r}; leave it out to serve normally"
             )
 
     @property
@@ -133,4 +143,37 @@ def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
                 "model must be decoder-only with --attention-backend sink, got the "
                 f"encoder-decoder {model.model!r}; drop --attention-backend sink"
             )
+    if config.triton_interpreter:
+        _require_interpreter(model)
     return config
+
+
+def _require_interpreter(model: Any) -> None:
+    """Refuse ``triton_interpreter`` where the kernels would not be interpreted."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "sink.triton_interpreter must be false on a GPU, got true; it is for "
+            "machines without one: remove it"
+        )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted:
+        import triton.language as tl
+
+        # Triton decorates its own library as it is imported.
+        interpreted = type(tl.cdiv).__name__ == "InterpretedFunction"
+    if not interpreted:
+        raise ValueError(
+            "TRITON_INTERPRET must be 1 before Triton is imported with "
+            "sink.triton_interpreter, got "
+            f"{os.environ.get('TRITON_INTERPRET')!r} then or now; set it in the "
+            "environment of the process"
+        )
+    if model is not None and model.dtype == torch.bfloat16:
+        raise ValueError(
+            "dtype must be float32 or float16 with sink.triton_interpreter, got "
+            "bfloat16, which Triton's interpreter multiplies wrongly; pass --dtype "
+            "float32"
+        )
