@@ -20,10 +20,13 @@ part "ruff check" "$PYTHON" -m ruff check .
 part "ruff format" "$PYTHON" -m ruff format --check .
 part "mypy" "$PYTHON" -m mypy
 part "tests" "$PYTHON" -m pytest tests --ignore=tests/kernels \
-    --ignore=tests/kernels_aot "$@"
+    --ignore=tests/kernels_aot --ignore=tests/gpu_path "$@"
 # Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
 if [[ -d tests/kernels ]]; then
     part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels
+fi
+if [[ -d tests/gpu_path ]]; then
+    part "gpu path, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/gpu_path
 fi
 if [[ -d tests/kernels_aot ]]; then
     part "kernels, compiled" "$PYTHON" -m pytest tests/kernels_aot

@@ -37,7 +37,16 @@ from vllm_sink_kernels.primitives import (
 )
 
 
-@triton.jit
+# One binary for every batch: the number of requests and where the slices of a mixed
+# batch start must not select code, or serving would stop to compile.
+@triton.jit(
+    do_not_specialize=["num_requests"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "query_start_ptr",
+        "seq_lens_ptr",
+    ],
+)
 def sink_prefill_kernel(
     q_ptr,  # [T, HQ, D]
     k_ptr,  # [B, N, HKV, D]

@@ -37,7 +37,7 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def serve(model, prompts, *, interpreted, **kwargs):
+def serve(model, prompts, *, interpreted, positions="cache", **kwargs):
     """Generated tokens, and log-probabilities of prompt and generated tokens."""
     from vllm import SamplingParams
 
@@ -46,6 +46,7 @@ def serve(model, prompts, *, interpreted, **kwargs):
     section = {
         "num_sink_tokens": SINKS,
         "window_size": WINDOW,
+        "sink_positions": positions,
         "triton_interpreter": interpreted,
     }
     settings = {
@@ -121,6 +122,11 @@ def test_tokens_and_logprobs_of_the_cpu_path(
 def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignored):
     from vllm_sink import gpu_backend
 
+    # Without a turn to begin with, nothing but the mask changes.
+    positions = "cache" if ignored == "turn" else "absolute"
+    want = cpu_path[1]
+    if ignored == "mask":
+        want = serve(model, prompts[:1], interpreted=False, positions=positions)[1]
     for name in ("sink_decode", "sink_prefill"):
         launcher = getattr(gpu_backend, name)
 
@@ -128,14 +134,14 @@ def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignore
             if ignored == "turn":
                 kwargs["cos_sin_cache"] = None
             else:
-                kwargs["window_size"] += 4  # still in the blocks that live
-                kwargs["cos_sin_cache"] = None
-            kwargs.pop("workspace", None)
+                kwargs["window_size"] += 4  # all of them in blocks that still live
             return launcher(*args, **kwargs)
 
         monkeypatch.setattr(gpu_backend, name, ignore)
-    _, logprobs = serve(model, prompts[:1], interpreted=True, block_size=16)
-    difference = (logprobs - cpu_path[1][: len(logprobs)]).abs()
+    _, logprobs = serve(
+        model, prompts[:1], interpreted=True, positions=positions, block_size=16
+    )
+    difference = (logprobs - want[: len(logprobs)]).abs()
     budget = SINKS + WINDOW
     assert difference[: budget - 1].max() < 1e-3
     assert difference[budget:].max() > 1e-2

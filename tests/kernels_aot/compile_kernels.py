@@ -168,7 +168,8 @@ def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = pointers[name]
-            attrs[(i,)] = [["tt.divisibility", 16]]
+            if not fn.params[i].do_not_specialize_on_alignment:
+                attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = scalars.get(name, "i32")
             if name.startswith("stride_"):
