@@ -39,7 +39,40 @@ def perplexity_by_position(csv_path: Path, png_path: Path) -> None:
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", ms=3, label=name)
     axes.set(xlabel="first token of the segment", ylabel="perplexity", yscale="log")
+    axes.set_xticks(sorted({first for first, _ in points}))
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.0f}")
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(which="both", **GRID)
+    axes.legend(fontsize=8)
+    save(figure, png_path)
+
+
+def attention_by_layer(csv_path: Path, png_path: Path) -> None:
+    """A bar a layer, the mean of its heads; a dot a head."""
+    heads = defaultdict(list)
+    for row in read(csv_path):
+        heads[int(row["layer"])].append(float(row["first_token_share"]))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.bar(list(heads), [sum(h) / len(h) for h in heads.values()], alpha=0.5)
+    dots = [(layer, value) for layer, values in heads.items() for value in values]
+    axes.scatter(*zip(*dots, strict=True), s=6, color="black")
+    axes.set(xlabel="layer", ylabel="attention to the first token", ylim=(0, 1))
+    axes.grid(**GRID)
+    save(figure, png_path)
+
+
+def change_by_layer(csv_path: Path, png_path: Path) -> None:
+    """A line a condition: the mean relative change after each layer."""
+    curves = defaultdict(list)
+    for row in read(csv_path):
+        point = (int(row["after_layer"]), float(row["mean_relative_change"]))
+        curves[row["condition"]].append(point)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+    axes.set(xlabel="after layer", ylabel="relative change of later tokens")
+    axes.grid(**GRID)
     axes.legend(fontsize=8)
     save(figure, png_path)
 

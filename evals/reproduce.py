@@ -2,6 +2,8 @@
 
     python -m evals.reproduce sinks     --model M --text novel.txt --name "Emma"
     python -m evals.reproduce positions --model M --text novel.txt --name "Emma"
+    python -m evals.reproduce attention --model M --text novel.txt --name "Emma"
+    python -m evals.reproduce mixing    --model M --text novel.txt --name "Emma"
 
 Each writes a CSV, with its configuration in every row, and a PNG that is drawn
 from the CSV alone. ``--plot-only`` draws again.
@@ -20,6 +22,7 @@ from evals import engine, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
+NUM_CHANGES = 8
 
 
 def read_tokens(model: str, path: Path, count: int) -> list[int]:
@@ -27,7 +30,7 @@ def read_tokens(model: str, path: Path, count: int) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    # A quarter of the largest plausible size is tokenized, not the whole novel.
+    # More characters a token than any text has; not the whole novel.
     text = path.read_text(encoding="utf-8")[: count * 12]
     tokens = tokenizer(text, add_special_tokens=False).input_ids[:count]
     if len(tokens) < count:
@@ -36,6 +39,11 @@ def read_tokens(model: str, path: Path, count: int) -> list[int]:
             f"{path.name}; give a longer text or a smaller --tokens"
         )
     return tokens
+
+
+def described(args: argparse.Namespace) -> dict[str, str]:
+    """The columns that every CSV has."""
+    return {"model": Path(args.model).name, "text": args.name, "dtype": "float32"}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -62,9 +70,7 @@ def perplexity_rows(args: argparse.Namespace, policies: list[Policy]) -> list[di
             part = nll[max(first - 1, 0) : first + SEGMENT - 1]
             rows.append(
                 {
-                    "model": Path(args.model).name,
-                    "text": args.name,
-                    "dtype": "float32",
+                    **described(args),
                     "policy": policy.name,
                     "num_sink_tokens": policy.num_sink_tokens,
                     "window_size": policy.window_size,
@@ -91,10 +97,93 @@ def positions(args: argparse.Namespace) -> list[dict]:
     return perplexity_rows(args, [Policy.parse(name, 0, 1) for name in names])
 
 
+def attention(args: argparse.Namespace) -> list[dict]:
+    """(c) attention to the first token by layer and head; no BOS is added."""
+    import torch
+
+    from vllm_sink import analyze
+
+    model, _ = analyze.load(args.model)
+    tokens = read_tokens(args.model, args.text, args.tokens)
+    share = analyze.first_token_share(model, torch.tensor([tokens]))
+    return [
+        {
+            **described(args),
+            "num_tokens": args.tokens,
+            "layer": layer,
+            "head": head,
+            "first_token_share": round(float(value), 4),
+        }
+        for layer, heads in enumerate(share)
+        for head, value in enumerate(heads)
+    ]
+
+
+def mixing(args: argparse.Namespace) -> list[dict]:
+    """(d) a token in the middle is replaced: how far does the change spread?
+
+    Barbero et al. (arXiv 2504.02732): sinks keep a change from spreading. The
+    sink is masked from query 16 on (before, it is needed to become one; hidden
+    from all queries, the next token would take its place). Relative change of
+    the residual stream, |h' - h| / |h|, mean over the tokens after the changed one.
+    """
+    import torch
+
+    from vllm_sink import analyze
+    from vllm_sink.layout import RetentionPolicy
+
+    model, _ = analyze.load(args.model)
+    tokens = read_tokens(args.model, args.text, args.tokens * NUM_CHANGES)
+    full = analyze.policy_mask(RetentionPolicy(0, args.tokens), args.tokens)
+    masked = full.clone()
+    masked[:, :, 16:, 0] = torch.finfo(torch.float32).min
+    middle = args.tokens // 2
+    rows = []
+    for condition, mask in (("sink visible", full), ("sink masked", masked)):
+        changes = []
+        for index in range(NUM_CHANGES):
+            text = tokens[index * args.tokens : (index + 1) * args.tokens]
+            other = list(text)
+            # A token of the same text: natural, and no other than the old one.
+            other[middle] = next(t for t in text[:middle] if t != text[middle])
+            hidden = []
+            for batch in (text, other):
+                with torch.inference_mode():
+                    output = model(
+                        torch.tensor([batch]),
+                        attention_mask=mask,
+                        output_hidden_states=True,
+                        use_cache=False,
+                    )
+                hidden.append(torch.stack(output.hidden_states)[:, 0, middle + 1 :])
+            change = (hidden[1] - hidden[0]).norm(dim=-1) / hidden[0].norm(dim=-1)
+            changes.append(change)  # [L+1, tokens after the changed one]
+        each = torch.stack(changes)
+        for layer in range(each.shape[1]):
+            rows.append(
+                {
+                    **described(args),
+                    "num_tokens": args.tokens,
+                    "num_changes": NUM_CHANGES,
+                    "condition": condition,
+                    "after_layer": layer,
+                    "mean_relative_change": f"{each[:, layer].mean():.4g}",
+                    "share_of_tokens_above_5_percent": round(
+                        float((each[:, layer] > 0.05).float().mean()), 4
+                    ),
+                }
+            )
+    return rows
+
+
 COMMANDS = {
     "sinks": (sinks, plots.perplexity_by_position),
     "positions": (positions, plots.perplexity_by_position),
+    "attention": (attention, plots.attention_by_layer),
+    "mixing": (mixing, plots.change_by_layer),
 }
+# Eager attention holds every weight; these need no long text.
+SHORT = {"attention": 1024, "mixing": 256}
 
 
 def main() -> None:
@@ -107,7 +196,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub name")
     parser.add_argument("--text", type=Path, help="a text file")
     parser.add_argument("--name", help="what to call the text in the CSV")
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, help="16,384; less for the last two")
     parser.add_argument("--budget", type=int, default=1024, help="S + W")
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
     parser.add_argument("--plot-only", action="store_true")
@@ -117,6 +206,7 @@ def main() -> None:
     if not args.plot_only:
         if args.model is None or args.text is None:
             parser.error("--model and --text are needed")
+        args.tokens = args.tokens or SHORT.get(args.what, 16_384)
         args.name = args.name or args.text.stem
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         write_rows(path, measure(args))
