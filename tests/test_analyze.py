@@ -57,6 +57,7 @@ def test_recommended_is_the_smallest_that_is_as_good():
 
 def test_command_line(model_path, tmp_path, monkeypatch, capsys):
     """A short text: sinks are found, and the window alone is worse."""
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ["--model", model_path, "--text", str(text), "--tokens", "320"]
