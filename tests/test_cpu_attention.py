@@ -51,8 +51,9 @@ def table_rows(rotary_dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (5, 1), (9, 3)])
 @pytest.mark.parametrize("soft_cap, with_logits", [(0.0, False), (8.0, True)])
 @pytest.mark.parametrize("rotary", [None, (32, True), (16, False)])
+@pytest.mark.parametrize("decode_queries", [0, 8, 1000])
 def test_attend_equals_reference(
-    policy, heads, kv_heads, soft_cap, with_logits, rotary
+    policy, heads, kv_heads, soft_cap, with_logits, rotary, decode_queries
 ):
     lengths = [(1, 1), (1, 130), (3, 3), (150, 300), (17, 81), (1, 64), (2, 65)]
     q, pages, table, starts, seq_lens = make_batch(heads, kv_heads, lengths, policy)
@@ -72,6 +73,7 @@ def test_attend_equals_reference(
         window_size=window,
         block_size=SIZE,
         tile_queries=64,
+        decode_queries=decode_queries,
     )
     out = torch.full_like(q, float("nan"))
     scale = DIM**-0.5
@@ -95,19 +97,15 @@ def test_attend_equals_reference(
 
 def test_work_does_not_grow_with_the_stream():
     """The plan of one decoded token gathers the same at 1,000 and 1,000,000."""
-    gathered = []
+    work = []
     for seq_len in (1000, 1_000_000):
         table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
-        (tile,) = cpu.plan(
-            table,
-            [0, 1],
-            [seq_len],
-            num_sink_tokens=4,
-            window_size=60,
-            block_size=SIZE,
-        )
-        gathered.append((len(tile.sink_blocks), len(tile.window_blocks)))
-    assert all(a + b <= 1 + 5 for a, b in gathered), gathered
+        kwargs = dict(num_sink_tokens=4, window_size=60, block_size=SIZE)
+        token = cpu.plan(table, [0, 1], [seq_len], **kwargs).decode
+        (chunk,) = cpu.plan(table, [0, 100], [seq_len], **kwargs).chunks
+        work.append((token.num_splits, len(token.rows), len(chunk.blocks)))
+        assert len(chunk.blocks) <= -(-(59 + 100) // SIZE) + 1
+    assert work[0][:2] == work[1][:2] == (1, 1)
 
 
 def test_write_kv_places_tokens():

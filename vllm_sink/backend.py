@@ -160,13 +160,13 @@ class SinkMetadata(AttentionMetadata):
 
     Args:
         num_tokens: T, query tokens without padding.
-        tiles: The CPU path's query tiles.
+        plan: The CPU path's plan.
         write_blocks, write_offsets: [T] int64, where each token's K and V go.
         turns: id of a rotary table -> (cos, sin, is_neox) of the sink turn.
     """
 
     num_tokens: int
-    tiles: list[cpu.Tile]
+    plan: cpu.Plan
     write_blocks: torch.Tensor
     write_offsets: torch.Tensor
     turns: dict[int, tuple[torch.Tensor, torch.Tensor, bool]]
@@ -185,7 +185,7 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
         num_tokens = common.num_actual_tokens
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         seq_lens = common.seq_lens[: common.num_reqs].tolist()
-        tiles = cpu.plan(
+        plan = cpu.plan(
             common.block_table_tensor,
             starts,
             seq_lens,
@@ -195,7 +195,7 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
         )
         slots = common.slot_mapping[:num_tokens].long()
         turns = {}
-        if self.rotations and any(tile.turned for tile in tiles):
+        if self.rotations and max(seq_lens, default=0) > self.policy.budget:
             positions = torch.cat(
                 [
                     torch.arange(seq_len - (end - start), seq_len)
@@ -210,7 +210,7 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
             }
         return SinkMetadata(
             num_tokens=num_tokens,
-            tiles=tiles,
+            plan=plan,
             write_blocks=slots // self.block_size,
             write_offsets=slots % self.block_size,
             turns=turns,
@@ -258,7 +258,7 @@ class SinkImpl(SinkImplBase[SinkMetadata]):
         cpu.attend(
             query[:n],
             pages,
-            attn_metadata.tiles,
+            attn_metadata.plan,
             output[:n],
             scale=self.scale,
             turn=turn,

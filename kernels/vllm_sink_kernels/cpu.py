@@ -1,49 +1,82 @@
-"""The CPU path: exact sink attention over a paged KV cache in plain torch.
+"""The CPU path: exact sink attention over a paged KV cache.
 
-A step is planned once (:func:`plan`) and the plan is shared by all layers: the
-query tiles, the blocks that each tile gathers, its mask. A layer then runs
-:func:`attend`, which never touches a block outside the plan.
+A step is planned once (:func:`plan`) and the plan is shared by all layers; a
+layer then runs :func:`attend`, which never touches a block outside the plan.
 
-Shape letters: T query tokens, HQ query heads, HKV KV heads, D head size,
-N block size, B blocks, G = HQ / HKV, L keys of a tile.
+Short queries (decode, speculation) read the retained keys in place
+(:func:`cpu_compiled.decode`). Longer ones, prefill chunks, gather their window's
+blocks once and run torch's flash attention over it in tiles of queries; the
+sinks that have left the window are merged in afterwards by log-sum-exp, because
+they meet another query, the turned one.
+
+Shape letters: T query tokens, R requests, HQ query heads, HKV KV heads, D head
+size, N block size, B blocks, G = HQ / HKV, L keys of a tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-# Queries a tile. Larger tiles waste work on the window's two ragged edges,
-# smaller ones pay Python and gather per tile.
-TILE_QUERIES = 128
+from vllm_sink_kernels import cpu_compiled
+from vllm_sink_kernels.cpu_compiled import Rows
+
+# A tile of n queries computes W + n - 1 keys for each, of which W are seen:
+# small tiles waste less, and torch's kernel is as fast at 64 as at 128.
+TILE_QUERIES = 64
+# Up to here a request's queries are rows of the decode loop.
+DECODE_QUERIES = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Consecutive queries of one request and the keys that they see.
+    """Consecutive queries of one chunk and the keys of their windows.
 
     Args:
         start, end: The tile's rows among the step's query tokens.
-        sink_blocks: [num_sink_blocks] int64, or None without sinks.
-        num_sinks: Sink keys taken from them: positions 0 .. num_sinks-1.
-        window_blocks: int64 block ids, consecutive positions.
-        window_skip: Keys of the first window block that are in the gap.
-        num_window: Keys of the window part.
-        bias: [end-start, num_sinks + num_window] float32, 0 or -inf; None
-            where every key is visible.
-        turned: Whether the sink keys meet the turned query.
+        low, high: The tile's keys among the chunk's gathered ones.
+        bias: [end-start, high-low] float32, 0 or -inf.
     """
 
     start: int
     end: int
-    sink_blocks: torch.Tensor | None
-    num_sinks: int
-    window_blocks: torch.Tensor
-    window_skip: int
-    num_window: int
-    bias: torch.Tensor | None
-    turned: bool
+    low: int
+    high: int
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A request's prefill chunk.
+
+    Args:
+        blocks: int64 ids of the blocks of all its windows, consecutive.
+        skip: Keys of the first block that no query sees.
+        tiles: Cover the chunk's queries.
+    """
+
+    blocks: torch.Tensor
+    skip: int
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step, for all layers.
+
+    Args:
+        decode: Rows of short queries; None without any.
+        chunks: The prefill chunks.
+        prefill: Rows of the chunks' queries; None without any.
+        is_merged: Whether a chunk's query has a sink outside its window.
+    """
+
+    decode: Rows | None
+    chunks: list[Chunk]
+    prefill: Rows | None
+    is_merged: bool
 
 
 def plan(
@@ -55,94 +88,82 @@ def plan(
     window_size: int,
     block_size: int,
     tile_queries: int = TILE_QUERIES,
-) -> list[Tile]:
-    """Cut a step's queries into tiles.
+    decode_queries: int = DECODE_QUERIES,
+) -> Plan:
+    """Plan a step.
 
     Args:
         block_table: [R, max_blocks] int32; entries in the gap may be stale and
-            are not read.
+            are not read. Kept, not copied.
         query_starts: [R+1] offsets of the requests' query tokens.
         seq_lens: [R] tokens including this step's.
         num_sink_tokens: S. window_size: W, the query's own included.
         block_size: N, tokens.
         tile_queries: Most queries a tile.
+        decode_queries: Most queries of a request for the decode loop.
     """
-    tiles = []
-    budget = num_sink_tokens + window_size
+    short: list[int] = []
+    long: list[int] = []
+    chunks = []
+    biases: dict[tuple[int, int, int], torch.Tensor] = {}
     for request, seq_len in enumerate(seq_lens):
-        q_start, q_end = query_starts[request], query_starts[request + 1]
-        first_position = seq_len - (q_end - q_start)
-        row = block_table[request]
-        for start in range(q_start, q_end, tile_queries):
-            end = min(start + tile_queries, q_end)
-            p0 = first_position + start - q_start
-            p1 = p0 + end - start
-            num_sinks = min(num_sink_tokens, p1)
-            low = min(max(num_sinks, p0 - window_size + 1), p1)
-            first_block = low // block_size
-            sink_blocks = None
-            if num_sinks:
-                sink_blocks = row[: -(-num_sinks // block_size)].long()
+        start, end = query_starts[request], query_starts[request + 1]
+        if end - start <= decode_queries:
+            short.append(request)
+            continue
+        long.append(request)
+        first = seq_len - (end - start)
+        low = max(0, first - window_size + 1)
+        first_block = low // block_size
+        blocks = block_table[request, first_block : -(-seq_len // block_size)]
+        tiles = []
+        for row in range(start, end, tile_queries):
+            p0 = first + row - start
+            p1 = min(p0 + tile_queries, seq_len)
+            tile_low = max(0, p0 - window_size + 1)
+            shape = (p0 - tile_low, p1 - tile_low, window_size)
+            if shape not in biases:
+                biases[shape] = _bias(*shape)
             tiles.append(
-                Tile(
-                    start=start,
-                    end=end,
-                    sink_blocks=sink_blocks,
-                    num_sinks=num_sinks,
-                    window_blocks=row[first_block : -(-p1 // block_size)].long(),
-                    window_skip=low - first_block * block_size,
-                    num_window=p1 - low,
-                    bias=_bias(p0, p1, num_sinks, low, num_sink_tokens, window_size),
-                    turned=p1 > budget,
-                )
+                Tile(row, row + p1 - p0, tile_low - low, p1 - low, biases[shape])
             )
-    return tiles
+        chunks.append(Chunk(blocks.long(), low - first_block * block_size, tiles))
 
+    def rows_of(requests: list[int]) -> Rows | None:
+        counts = [query_starts[i + 1] - query_starts[i] for i in requests]
+        if not sum(counts):
+            return None
+        pairs = list(zip(requests, counts, strict=True))
+        return Rows(
+            np.concatenate([query_starts[i] + np.arange(n) for i, n in pairs]),
+            np.repeat(np.array(requests), counts),
+            np.concatenate([seq_lens[i] - n + np.arange(n) for i, n in pairs]),
+            block_table.numpy(),
+            num_sink_tokens,
+            window_size,
+        )
 
-def _bias(
-    p0: int, p1: int, num_sinks: int, low: int, num_sink_tokens: int, window_size: int
-) -> torch.Tensor | None:
-    if p1 - p0 == 1:
-        return None  # one query sees all that its tile gathers
-    keys = torch.cat([torch.arange(num_sinks), torch.arange(low, p1)])
-    queries = torch.arange(p0, p1).unsqueeze(1)
-    visible = (keys <= queries) & (
-        (keys < num_sink_tokens) | (queries - keys < window_size)
+    return Plan(
+        decode=rows_of(short),
+        chunks=chunks,
+        prefill=rows_of(long),
+        is_merged=bool(num_sink_tokens)
+        and any(seq_lens[request] > window_size for request in long),
     )
-    bias = torch.zeros(visible.shape)
-    return bias.masked_fill_(~visible, float("-inf"))
 
 
-def turn_query(
-    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool
-) -> torch.Tensor:
-    """Rotate q by the given angles.
-
-    Args:
-        q: [T, HQ, D] float32.
-        cos, sin: [T, rotary_dim/2] float32.
-        is_neox: Pairs are (i, i + rotary_dim/2), else (2i, 2i + 1).
-
-    Returns:
-        [T, HQ, D] float32, a new tensor; dims from rotary_dim on are copies.
-    """
-    half = cos.shape[1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = q.clone()
-    if is_neox:
-        first, second = slice(0, half), slice(half, 2 * half)
-    else:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    x, y = q[..., first], q[..., second]
-    turned[..., first] = x * cos - y * sin
-    turned[..., second] = y * cos + x * sin
-    return turned
+def _bias(first: int, num_keys: int, window_size: int) -> torch.Tensor:
+    """[num_keys - first, num_keys]; the first query is key ``first``'s own."""
+    keys = torch.arange(num_keys)
+    queries = keys[first:].unsqueeze(1)
+    visible = (keys <= queries) & (queries - keys < window_size)
+    return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
 
 
 def attend(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
-    tiles: list[Tile],
+    plan: Plan,
     out: torch.Tensor,
     *,
     scale: float,
@@ -150,12 +171,12 @@ def attend(
     soft_cap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> None:
-    """Attention of every tile, written into ``out`` in place.
+    """Attention of every query, written into ``out`` in place.
 
     Args:
         q: [T, HQ, D].
         kv_cache: [B, HKV, 2N, D]: a block's N keys, then its N values.
-        tiles: From :func:`plan`.
+        plan: From :func:`plan`.
         out: [T, HQ, D].
         scale: Softmax scale.
         turn: cos and sin [T, rotary_dim/2] and is_neox; None leaves the query
@@ -163,62 +184,54 @@ def attend(
         soft_cap: Logits become cap * tanh(logits / cap); 0 is off.
         sink_logits: [HQ], the learned logit in the softmax denominator.
     """
-    num_kv_heads, double_block, head_size = kv_cache.shape[1:]
-    block_size = double_block // 2
-    group = q.shape[1] // num_kv_heads
-    for tile in tiles:
-        num_queries = tile.end - tile.start
-        q_tile = q[tile.start : tile.end].float() * scale
-        window = _gather(kv_cache, tile.window_blocks)
-        keys = window[:, :, :block_size].flatten(1, 2)
-        values = window[:, :, block_size:].flatten(1, 2)
-        last = tile.window_skip + tile.num_window
-        keys = keys[:, tile.window_skip : last]
-        values = values[:, tile.window_skip : last]
-        # [HKV, G * queries, L]
-        scores = _grouped(q_tile, num_kv_heads) @ keys.transpose(1, 2)
-        if tile.sink_blocks is not None:
-            sinks = _gather(kv_cache, tile.sink_blocks)
-            sink_keys = sinks[:, :, :block_size].flatten(1, 2)[:, : tile.num_sinks]
-            sink_values = sinks[:, :, block_size:].flatten(1, 2)[:, : tile.num_sinks]
-            if turn is not None and tile.turned:
-                cos, sin, is_neox = turn
-                rows = slice(tile.start, tile.end)
-                q_tile = turn_query(q_tile, cos[rows], sin[rows], is_neox)
-            sink_scores = _grouped(q_tile, num_kv_heads) @ sink_keys.transpose(1, 2)
-            scores = torch.cat([sink_scores, scores], dim=-1)
-            values = torch.cat([sink_values, values], dim=1)
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        if tile.bias is not None:
-            scores.view(num_kv_heads, group, num_queries, -1).add_(tile.bias)
-        weights = _softmax(scores, sink_logits, num_queries)
-        result = (weights @ values).view(num_kv_heads, group, num_queries, head_size)
-        out[tile.start : tile.end].copy_(
-            result.permute(2, 0, 1, 3).reshape(num_queries, -1, head_size)
+    options = dict(scale=scale, soft_cap=soft_cap, sink_logits=sink_logits)
+    if plan.decode is not None:
+        cpu_compiled.decode(q, kv_cache, plan.decode, out, turn=turn, **options)
+    if plan.prefill is None:
+        return
+    q = q.float()
+    result = out if out.dtype == torch.float32 else torch.empty_like(q)
+    lse = torch.empty(q.shape[:2])
+    block_size = kv_cache.shape[2] // 2
+    for chunk in plan.chunks:
+        # [HKV, blocks, 2N, D], then [1, HKV, keys, D]
+        pages = kv_cache[chunk.blocks].transpose(0, 1).float()
+        keys = pages[:, :, :block_size].flatten(1, 2)[None, :, chunk.skip :]
+        values = pages[:, :, block_size:].flatten(1, 2)[None, :, chunk.skip :]
+        for tile in chunk.tiles:
+            rows, span = slice(tile.start, tile.end), slice(tile.low, tile.high)
+            window, denominator = _window_attention(
+                q[rows].transpose(0, 1)[None],
+                keys[:, :, span],
+                values[:, :, span],
+                tile.bias,
+                scale,
+                soft_cap,
+            )
+            result[rows] = window[0].transpose(0, 1)
+            lse[rows] = denominator[0].transpose(0, 1)
+    if plan.is_merged or sink_logits is not None:
+        cpu_compiled.merge_sinks(
+            q, kv_cache, plan.prefill, lse, result, turn=turn, **options
         )
+    if result is not out:
+        rows = torch.from_numpy(plan.prefill.rows)
+        out[rows] = result[rows].to(out.dtype)
 
 
-def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """[n] block ids -> [HKV, n, 2N, D] float32."""
-    return kv_cache[blocks].transpose(0, 1).float()
-
-
-def _grouped(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """[T, HQ, D] -> [HKV, G * T, D], the query heads of a KV head together."""
-    num_queries, _, head_size = q.shape
-    grouped = q.view(num_queries, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
-    return grouped.reshape(num_kv_heads, -1, head_size)
-
-
-def _softmax(
-    scores: torch.Tensor, sink_logits: torch.Tensor | None, num_queries: int
-) -> torch.Tensor:
-    if sink_logits is None:
-        return torch.softmax(scores, dim=-1)
-    logits = sink_logits.float().view(scores.shape[0], -1, 1)
-    logits = logits.expand(-1, -1, num_queries).reshape(scores.shape[0], -1, 1)
-    return torch.softmax(torch.cat([logits, scores], dim=-1), dim=-1)[..., 1:]
+def _window_attention(q, keys, values, bias, scale, soft_cap):
+    """q [1, HQ, T, D], keys and values [1, HKV, L, D] -> [1, HQ, T, D], [1, HQ, T]."""
+    if not soft_cap:
+        # The operator behind scaled_dot_product_attention, which drops the
+        # log-sum-exp; it shares KV heads among query heads itself.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, values, attn_mask=bias[None, None], scale=scale
+        )
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = soft_cap * torch.tanh(q @ keys.transpose(-1, -2) * (scale / soft_cap))
+    scores += bias
+    return torch.softmax(scores, dim=-1) @ values, torch.logsumexp(scores, dim=-1)
 
 
 def write_kv(
