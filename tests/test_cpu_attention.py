@@ -110,8 +110,8 @@ def test_work_does_not_grow_with_the_stream():
 
 def test_write_kv_places_tokens():
     pages = torch.zeros(3, 2, 2 * SIZE, DIM)
-    key, value = torch.randn(2, 2, DIM), torch.randn(2, 2, DIM)
-    cpu.write_kv(key, value, pages, torch.tensor([2, 1]), torch.tensor([5, 0]))
+    key, value = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM)
+    cpu.write_kv(key, value, pages, torch.tensor([2 * SIZE + 5, SIZE, -1]))
     for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
         assert torch.equal(pages[block, :, slot], key[token])
         assert torch.equal(pages[block, :, slot + SIZE], value[token])

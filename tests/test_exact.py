@@ -270,9 +270,9 @@ class TestDisabled:
         return float((got - want).abs().max())
 
     def test_mask(self, model_path, reference, prose, monkeypatch):
-        def causal_only(p0, p1, num_sinks, low, *_):
-            keys = torch.cat([torch.arange(num_sinks), torch.arange(low, p1)])
-            hidden = keys > torch.arange(p0, p1).unsqueeze(1)
+        def causal_only(first, num_keys, _):
+            keys = torch.arange(num_keys)
+            hidden = keys > keys[first:].unsqueeze(1)
             return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
         monkeypatch.setattr(cpu, "_bias", causal_only)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -18,7 +19,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
-from vllm_sink_kernels import cpu
+from vllm_sink_kernels import cpu, cpu_compiled
 
 from vllm_sink import gpu_support
 from vllm_sink.base import SinkBuilderBase, SinkImplBase, engine_config
@@ -161,19 +162,28 @@ class SinkMetadata(AttentionMetadata):
     Args:
         num_tokens: T, query tokens without padding.
         plan: The CPU path's plan.
-        write_blocks, write_offsets: [T] int64, where each token's K and V go.
+        slots: [T] int64, where each token's K and V go.
         turns: id of a rotary table -> (cos, sin, is_neox) of the sink turn.
     """
 
     num_tokens: int
     plan: cpu.Plan
-    write_blocks: torch.Tensor
-    write_offsets: torch.Tensor
+    slots: torch.Tensor
     turns: dict[int, tuple[torch.Tensor, torch.Tensor, bool]]
 
 
 class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
     """Plans a step once for all layers of a group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        cpu_compiled.compile_for(kv_cache_spec.dtype)
 
     def build(
         self,
@@ -193,16 +203,13 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
             window_size=self.policy.window_size,
             block_size=self.block_size,
         )
-        slots = common.slot_mapping[:num_tokens].long()
         turns = {}
         if self.rotations and max(seq_lens, default=0) > self.policy.budget:
-            positions = torch.cat(
-                [
-                    torch.arange(seq_len - (end - start), seq_len)
-                    for seq_len, start, end in zip(
-                        seq_lens, starts[:-1], starts[1:], strict=True
-                    )
-                ]
+            # Of a request that ends in row e at length n, row r is at n - e + r.
+            ends = torch.tensor(starts[1:])
+            offsets = torch.tensor(seq_lens) - ends
+            positions = torch.arange(num_tokens) + offsets.repeat_interleave(
+                ends - torch.tensor(starts[:-1])
             )
             turns = {
                 key: (*rotation.turn(positions, self.policy.budget), rotation.is_neox)
@@ -211,8 +218,7 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
         return SinkMetadata(
             num_tokens=num_tokens,
             plan=plan,
-            write_blocks=slots // self.block_size,
-            write_offsets=slots % self.block_size,
+            slots=common.slot_mapping[:num_tokens],
             turns=turns,
         )
 
@@ -249,8 +255,7 @@ class SinkImpl(SinkImplBase[SinkMetadata]):
                 key[:n],
                 value[:n],
                 pages,
-                attn_metadata.write_blocks,
-                attn_metadata.write_offsets,
+                attn_metadata.slots,
             )
         turn = None
         if self.rotation is not None and attn_metadata.turns:

@@ -8,6 +8,7 @@ the platform refuses Ray. The class here derives from whatever vLLM detected
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from vllm.platforms import builtin_platform_plugins
@@ -54,3 +55,19 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
             vllm_config.parallel_config.distributed_executor_backend = CpuRayExecutor
         if config.is_selected(vllm_config):
             config.validate_engine(vllm_config)
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """vLLM's, with llvmlite (Numba's compiler) out of its sight.
+
+        vLLM looks through the globals of every module and asks each value for
+        ``__dict__``. ``llvmlite.binding.ffi.lib`` forwards that question to a C
+        library and answers with something that isn't a dict: AttributeError, at
+        the start of any engine after Numba was imported.
+        """
+        hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+        try:
+            super().register_triton_kernel_overrides()
+        finally:
+            if hidden is not None:
+                sys.modules["llvmlite.binding.ffi"] = hidden

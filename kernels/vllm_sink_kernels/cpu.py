@@ -16,6 +16,7 @@ size, N block size, B blocks, G = HQ / HKV, L keys of a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,13 +185,17 @@ def attend(
         soft_cap: Logits become cap * tanh(logits / cap); 0 is off.
         sink_logits: [HQ], the learned logit in the softmax denominator.
     """
-    options = dict(scale=scale, soft_cap=soft_cap, sink_logits=sink_logits)
+    options: dict[str, Any] = dict(
+        scale=scale, soft_cap=soft_cap, sink_logits=sink_logits, turn=turn
+    )
     if plan.decode is not None:
-        cpu_compiled.decode(q, kv_cache, plan.decode, out, turn=turn, **options)
+        cpu_compiled.decode(q, kv_cache, plan.decode, out, **options)
     if plan.prefill is None:
         return
-    q = q.float()
-    result = out if out.dtype == torch.float32 else torch.empty_like(q)
+    q = q.float().contiguous()
+    result = out
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        result = torch.empty(out.shape)
     lse = torch.empty(q.shape[:2])
     block_size = kv_cache.shape[2] // 2
     for chunk in plan.chunks:
@@ -211,12 +216,10 @@ def attend(
             result[rows] = window[0].transpose(0, 1)
             lse[rows] = denominator[0].transpose(0, 1)
     if plan.is_merged or sink_logits is not None:
-        cpu_compiled.merge_sinks(
-            q, kv_cache, plan.prefill, lse, result, turn=turn, **options
-        )
+        cpu_compiled.merge_sinks(q, kv_cache, plan.prefill, lse, result, **options)
     if result is not out:
-        rows = torch.from_numpy(plan.prefill.rows)
-        out[rows] = result[rows].to(out.dtype)
+        changed = torch.from_numpy(plan.prefill.rows)
+        out[changed] = result[changed].to(out.dtype)
 
 
 def _window_attention(q, keys, values, bias, scale, soft_cap):
@@ -235,19 +238,15 @@ def _window_attention(q, keys, values, bias, scale, soft_cap):
 
 
 def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    offsets: torch.Tensor,
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """Store a step's keys and values in place.
 
     Args:
         key, value: [T, HKV, D].
         kv_cache: [B, HKV, 2N, D].
-        blocks, offsets: [T] int64, each token's block and slot in it.
+        slots: [T] int64, block * N + offset; negative is padding.
     """
-    block_size = kv_cache.shape[2] // 2
-    kv_cache[blocks, :, offsets] = key.to(kv_cache.dtype)
-    kv_cache[blocks, :, offsets + block_size] = value.to(kv_cache.dtype)
+    cpu_compiled.write_kv(
+        key.to(kv_cache.dtype), value.to(kv_cache.dtype), kv_cache, slots
+    )

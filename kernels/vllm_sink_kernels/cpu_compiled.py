@@ -76,9 +76,11 @@ def decode(
         scale, soft_cap, sink_logits: As in :func:`cpu.attend`.
     """
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    result = out if out.dtype == torch.float32 else torch.empty_like(out).float()
+    result = out
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        result = torch.empty(out.shape)
     _decode(
-        q.float().numpy(),
+        q.float().contiguous().numpy(),
         kv_cache.view(_STORAGE[kv_cache.dtype]).numpy(),
         plan.rows,
         plan.requests,
@@ -123,7 +125,7 @@ def merge_sinks(
     """
     _use_torch_threads()
     _merge_sinks(
-        q.numpy(),
+        q.contiguous().numpy(),
         kv_cache.view(_STORAGE[kv_cache.dtype]).numpy(),
         plan.rows,
         plan.requests,
@@ -140,11 +142,21 @@ def merge_sinks(
     )
 
 
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """:func:`cpu.write_kv` for keys and values of the cache's dtype."""
+    storage = _STORAGE[kv_cache.dtype]
+    arrays = (key.contiguous(), value.contiguous(), kv_cache)
+    _write_kv(*(x.view(storage).numpy() for x in arrays), slots.numpy())
+
+
 def compile_for(dtype: torch.dtype) -> None:
-    """Compile both loops for a cache dtype now; seconds once a machine."""
+    """Compile the loops for a cache dtype now; seconds once a machine."""
     kv_cache, q = torch.zeros(1, 1, 2, 1, dtype=dtype), torch.zeros(1, 1, 1)
     zero = np.zeros(1, np.int64)
     plan = Rows(zero, zero, zero, np.zeros((1, 1), np.int32), 0, 1)
+    write_kv(q.to(dtype), q.to(dtype), kv_cache, torch.zeros(1, dtype=torch.int64))
     decode(q, kv_cache, plan, torch.empty_like(q), scale=1.0)
     merge_sinks(q, kv_cache, plan, q[0], torch.empty_like(q), scale=1.0)
 
@@ -185,6 +197,7 @@ _STORAGE = {
 _NO_ANGLES = np.empty((0, 0), np.float32)
 _NO_LOGITS = np.empty(0, np.float32)
 
+# Every array comes in one type and layout, which :func:`compile_for` compiles.
 # No "nnan"/"ninf": a NaN must stay one, and -inf is the empty maximum.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -437,6 +450,18 @@ def _split(
                 for d in range(head_size):
                     partial[g, d] += weight * _at(v, d)
         j += run
+
+
+@numba.njit(cache=True)
+def _write_kv(key, value, kv_cache, slots):
+    block_size = kv_cache.shape[2] // 2
+    for i in range(slots.shape[0]):
+        if slots[i] < 0:
+            continue
+        block, offset = slots[i] // block_size, slots[i] % block_size
+        for head in range(kv_cache.shape[1]):
+            kv_cache[block, head, offset] = key[i, head]
+            kv_cache[block, head, block_size + offset] = value[i, head]
 
 
 @numba.njit(fastmath=_FAST, cache=True)
