@@ -1,0 +1,1 @@
+"""Benchmarks: each answers one question and writes one CSV of one schema."""
