@@ -146,9 +146,7 @@ def command() -> str:
     module = Path(sys.argv[0]).resolve()
     if module.is_relative_to(ROOT):
         name = ".".join(module.relative_to(ROOT).with_suffix("").parts)
-        arguments = [
-            Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]
-        ]
+        arguments = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
         return " ".join(["python -m", name, *arguments])
     return " ".join(sys.argv)
 

@@ -1,4 +1,4 @@
-"""Flatness, prefill and overhead: one long stream through sink and stock.
+"""Flatness, prefill, overhead, recomputation: one long stream through sink and stock.
 
 Prefill runs chunk by chunk, both engines in turn; the sum of the chunks so far
 is the time to first token at that length. Then each context is decoded from,
@@ -49,9 +49,7 @@ def decode(engines, tokens, contexts, table, *, rounds: int, steps: int) -> None
                 engine.step()  # the first decode step warms the caches
             for _ in range(steps):
                 for engine in able:
-                    samples.setdefault((engine.name, context), []).append(
-                        engine.step()
-                    )
+                    samples.setdefault((engine.name, context), []).append(engine.step())
             for engine in able:
                 blocks[engine.name, context] = engine.live_blocks()
                 while engine.is_busy():
@@ -59,6 +57,18 @@ def decode(engines, tokens, contexts, table, *, rounds: int, steps: int) -> None
     for (name, context), seconds in sorted(samples.items()):
         table.add(name, "tpot", context, [1e3 * s for s in seconds], "ms")
         table.add(name, "kv_blocks", context, [blocks[name, context]], "blocks")
+
+
+def recompute(stock: common.Engine, tokens, table, count: int = 5) -> None:
+    """The StreamingLLM paper's baseline: a window computed anew for every token."""
+    budget = common.NUM_SINK_TOKENS + common.WINDOW_SIZE
+    seconds = []
+    for i in range(count):
+        # Another first token each time: nothing of it is in the prefix cache.
+        stock.add(tokens[i + 1 : i + 1 + budget], 1)
+        seconds.append(stock.step())
+        assert not stock.is_busy(), "one step must do"
+    table.add("recompute", "tpot", budget, [1e3 * s for s in seconds], "ms")
 
 
 def main() -> None:
@@ -86,6 +96,7 @@ def main() -> None:
     table.save()
     contexts = [c for c in (*SHORT, *long) if c <= sink_length]
     decode(engines, tokens, contexts, table, rounds=args.rounds, steps=args.steps)
+    recompute(engines[1][0], tokens, table)
     table.save()
 
 

@@ -1,0 +1,111 @@
+"""The README's pictures, from the committed CSVs alone."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks import common
+
+# Told apart without colour by their marks; legible on white and on black pages,
+# because the pictures bring their own background.
+COLOURS = {"sink": "#0072b2", "stock": "#d55e00"}
+MARKS = {"sink": "o", "stock": "s"}
+LABELS = {"sink": "sink (4 + 1,024)", "stock": "stock attention"}
+
+
+def series(rows, engine: str, metric: str):
+    """x, y, low, high of one engine's metric, by context."""
+    found = sorted(
+        (row for row in rows if (row["engine"], row["metric"]) == (engine, metric)),
+        key=lambda row: int(row["context"]),
+    )
+    x = [int(row["context"]) for row in found]
+    return x, *([float(row[key]) for row in found] for key in ("value", "p20", "p80"))
+
+
+def curves(axis, rows, metric: str, title: str, unit: str) -> None:
+    for engine in ("stock", "sink"):
+        x, y, low, high = series(rows, engine, metric)
+        if not x:
+            continue
+        axis.plot(
+            x, y, color=COLOURS[engine], marker=MARKS[engine], label=LABELS[engine]
+        )
+        axis.fill_between(x, low, high, color=COLOURS[engine], alpha=0.2)
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_xlabel("context, tokens")
+    axis.set_ylabel(unit)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(
+        lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
+    )
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def machine_of(rows) -> str:
+    row = rows[0]
+    return f"{row['model']}, {row['dtype']}, {row['cores']} cores of {row['machine']}"
+
+
+def save(figure, name: str, rows) -> None:
+    figure.text(0.01, 0.01, machine_of(rows), fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    path = common.RESULTS / f"{name}.png"
+    figure.savefig(path, dpi=120, facecolor="white")
+    plt.close(figure)
+    print(path.relative_to(common.ROOT))
+
+
+def stream() -> None:
+    rows = common.read("stream")
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    curves(axes[0], rows, "tpot", "Time per output token", "ms")
+    curves(
+        axes[1], rows, "kv_blocks", "KV cache of one request", "blocks of 128 tokens"
+    )
+    curves(axes[2], rows, "ttft", "Time to first token", "s")
+    axes[0].legend(frameon=False)
+    save(figure, "stream", rows)
+
+
+def capacity() -> None:
+    rows = common.read("capacity")
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(6, 4))
+    unit = next(row["unit"] for row in rows if row["metric"] == "concurrency")
+    curves(axis, rows, "concurrency", "Requests at once in one KV pool", unit)
+    axis.legend(frameon=False)
+    save(figure, "capacity", rows)
+
+
+def peers() -> None:
+    rows = common.read("peers")
+    if not rows:
+        return
+    figure, axis = plt.subplots(figsize=(7, 0.6 * len(rows) + 1.4))
+    names = [row["engine"] for row in rows]
+    values = [float(row["value"]) for row in rows]
+    bars = axis.barh(names, values, color="#0072b2")
+    axis.bar_label(bars, fmt="%.0f ms", padding=3)
+    axis.set_xlabel("ms per output token of an endless stream, median")
+    axis.set_xlim(right=1.2 * max(values))
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, "peers", rows)
+
+
+def main() -> None:
+    stream()
+    capacity()
+    peers()
+
+
+if __name__ == "__main__":
+    main()
