@@ -29,10 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_SINK_TOKENS, WINDOW_SIZE = 4, 1024
-FIELDS = (
-    "benchmark engine metric context value p20 p80 unit n num_sink_tokens "
-    "window_size model dtype machine cores vllm torch commit date command"
-).split()
+FIELDS = ["benchmark", "engine", "metric", "context", "value", "p20", "p80", "unit", "n", "num_sink_tokens", "window_size", "model", "dtype", "machine", "cores", "vllm", "torch", "commit", "date", "command"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +162,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def prose(model: str, num_tokens: int) -> list[int]:
     """Tokens of real English prose that comes with every Python."""
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
