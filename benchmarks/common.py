@@ -29,7 +29,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_SINK_TOKENS, WINDOW_SIZE = 4, 1024
-FIELDS = ["benchmark", "engine", "metric", "context", "value", "p20", "p80", "unit", "n", "num_sink_tokens", "window_size", "model", "dtype", "machine", "cores", "vllm", "torch", "commit", "date", "command"]
+# Of the CSVs: what was measured, how, and where.
+MEASURED = ("benchmark", "engine", "metric", "context", "value", "p20", "p80")
+MEASURED += ("unit", "n")
+SETTINGS = ("num_sink_tokens", "window_size", "model", "dtype")
+WHERE = ("machine", "cores", "vllm", "torch", "commit", "date", "command")
+FIELDS = MEASURED + SETTINGS + WHERE
 
 
 @dataclass(frozen=True)
