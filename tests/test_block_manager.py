@@ -1,5 +1,8 @@
 """Single properties of the block manager; its whole life is in the state machine."""
 
+import os
+
+import vllm
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -7,6 +10,12 @@ from vllm.v1.request import Request
 
 from tests.block_managers import make_manager
 from vllm_sink.layout import RetentionPolicy, cdiv
+
+
+def test_vllm_is_the_one_that_was_asked_for():
+    """scripts/test.sh runs this file on two versions."""
+    expected = os.environ.get("VLLM_SINK_EXPECT_VLLM", vllm.__version__)
+    assert vllm.__version__.split("+")[0] == expected.split("+")[0]
 
 
 def test_gap_is_what_no_later_query_sees():
