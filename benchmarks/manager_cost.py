@@ -30,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_sink import compat
+from vllm_sink import compat, metrics
 from vllm_sink.kv_cache_spec import SinkSpec
 
 BLOCK_SIZE = 16
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
+    metrics.register_collector()  # as served: with the counters of /metrics
     init_none_hash(sha256)
     short = min(arguments.tokens)
     # S + W = 516: both lengths are past the window and evict as they go.

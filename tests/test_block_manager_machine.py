@@ -9,6 +9,7 @@ notices.
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -77,6 +78,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
             max_in_flight_tokens=2 * CHUNK,
         )
         self.pool = self.manager.block_pool
+        self.tally: Counter = Counter()  # what /metrics would show
+        self.manager.coordinator.single_type_managers[0].metrics = SimpleNamespace(
+            add=self.add_metric
+        )
         self.num_usable = self.pool.get_num_free_blocks()
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(size, sha256)
@@ -84,6 +89,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.waiting: list[Life] = []
         self.cached: dict[int, int] = {}  # cached block id -> prefix's name
         self.names = 0
+
+    def add_metric(self, name: str, amount: int) -> None:
+        self.tally[name.removeprefix("vllm:sink_")] += amount
 
     # -- what the pool and the rows look like --------------------------------
 
@@ -322,6 +330,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert len(queue) == len(set(queue)) == self.free()
         assert set(queue).isdisjoint(held), "a live block can be taken"
         assert len(queue) + len(held) == self.num_usable, "a block was lost"
+        assert self.tally["live_blocks"] == len(held)
+        sinks = self.oracle.blocks(self.oracle.num_sinks)
+        pinned = {i for life in self.running for i in self.row(life)[:sinks]}
+        assert self.tally["pinned_blocks"] == len(pinned)
         self.check_cache()
 
     def check_cache(self) -> None:

@@ -139,3 +139,46 @@ def test_32_clients(server):
         together = list(pool.map(lambda prompt: answer(url, prompt), prompts))
     assert all(together)
     assert together[7] == answer(url, prompts[7])
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Values of ``/metrics``, labels dropped."""
+    with urllib.request.urlopen(url + "/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    rows = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name.split("{")[0]: float(value) for name, value in rows}
+
+
+def test_policy_counters_beside_vllms_own(server):
+    """Past S + W = 1,028 tokens blocks are evicted; the second time sinks hit."""
+    url, _ = server
+    before = scrape(url)
+    prompt = "A lighthouse stands on the rock and its lamp turns. " * 160
+    answer(url, prompt)
+    once = scrape(url)
+    answer(url, prompt)
+    twice = scrape(url)
+    assert once["vllm:sink_evicted_blocks_total"] > before.get(
+        "vllm:sink_evicted_blocks_total", 0
+    )
+    hits, tokens = "vllm:sink_prefix_hits_total", "vllm:sink_prefix_hit_tokens_total"
+    assert twice[hits] == once[hits] + 1
+    assert twice[tokens] - once[tokens] > 1028
+    own = "vllm:prefix_cache_hits_total"
+    assert twice[own] - once[own] == twice[tokens] - once[tokens]
+    for name in ("vllm:sink_live_blocks", "vllm:sink_pinned_blocks"):
+        assert twice[name] == 0, "nothing runs"
+    # While a request runs, its sinks are pinned.
+    stream = post(
+        url,
+        "/v1/completions",
+        prompt=prompt,
+        max_tokens=200,
+        stream=True,
+        ignore_eos=True,
+    )
+    stream.readline()
+    running = scrape(url)
+    stream.close()
+    assert running["vllm:sink_pinned_blocks"] == 1  # ceil(4 / 128)
+    assert 1 < running["vllm:sink_live_blocks"] <= 1 + 16 + 1 + 16

@@ -17,12 +17,13 @@ __all__ = ["platform_plugin", "register"]
 
 def register() -> None:
     """Make ``--attention-backend sink`` known to this process; idempotent."""
-    from vllm_sink import compat, rope
+    from vllm_sink import compat, metrics, rope
 
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
     rope.record_parents()
+    metrics.register_collector()
 
 
 def platform_plugin() -> str | None:

@@ -1,6 +1,7 @@
 """Every touch of vLLM that depends on its version, in one place.
 
-Written for vLLM 0.32 and 0.33, run on 0.32.0. No function of vLLM is replaced.
+Written for vLLM 0.32 and 0.33, run on 0.32.0; the block manager alone also on
+0.33.0's Python part. No function of vLLM is replaced.
 The backend's enum member gets a pickling method of its own: vLLM pickles the
 member by value into spawned processes, where it is looked up before plugins
 load, and an unknown value is an error.

@@ -1,0 +1,112 @@
+"""Counters of the policy on the server's ``/metrics``, beside vLLM's own.
+
+The block manager lives in the engine core's process, ``/metrics`` in the API
+server's. Both are on one machine and share an environment variable that names
+a folder: the manager keeps its counters in prometheus_client's memory-mapped
+files there (one write per change, no call between the processes), the server's
+registry has a collector that reads them when scraped. With several API servers
+vLLM itself uses such files: then they go into its folder and vLLM reads them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+FOLDER_VARIABLE = "VLLM_SINK_METRICS_DIR"
+VLLM_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+COUNTERS = {
+    "vllm:sink_evicted_blocks": "Gap blocks evicted from running requests.",
+    "vllm:sink_prefix_hits": "Requests that adopted cached sinks and window.",
+    "vllm:sink_prefix_hit_tokens": "Tokens that those requests did not compute.",
+}
+GAUGES = {
+    "vllm:sink_live_blocks": "Blocks that requests hold, shared ones once.",
+    "vllm:sink_pinned_blocks": "Sink blocks among them: never evicted.",
+}
+
+
+def register_collector() -> None:
+    """Name the folder and read it on every scrape; once in a tree of processes.
+
+    Called wherever the plugin loads; the first process is the server (or the
+    user's own), its children inherit the variable. Nothing is created here.
+    """
+    if FOLDER_VARIABLE in os.environ:
+        return
+    from prometheus_client import REGISTRY
+
+    folder = os.path.join(
+        tempfile.gettempdir(), f"vllm-sink-{os.getpid()}-{os.urandom(4).hex()}"
+    )
+    os.environ[FOLDER_VARIABLE] = folder
+    REGISTRY.register(_FolderCollector(folder))
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+
+
+class _FolderCollector:
+    """Metrics of all engine cores, summed."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def describe(self) -> list:
+        return []  # a custom collector's names: none to check at registration
+
+    def collect(self) -> Iterator:
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        if os.path.isdir(self.folder):
+            yield from MultiProcessCollector(None, self.folder).collect()
+
+
+class SinkMetrics:
+    """The values of this process; :meth:`add` is the only operation."""
+
+    def __init__(self, folder: str) -> None:
+        from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        unique = f"sink{os.getpid()}.db"  # prometheus_client's own have the pid
+        counters = MmapedDict(os.path.join(folder, f"counter_{unique}"))
+        gauges = MmapedDict(os.path.join(folder, f"gauge_sum_{unique}"))
+        self._values: dict[str, float] = {}
+        self._places = {}
+        for name, text in COUNTERS.items():
+            key = mmap_key(name, f"{name}_total", [], [], text)
+            self._places[name] = (counters, key)
+        for name, text in GAUGES.items():
+            self._places[name] = (gauges, mmap_key(name, name, [], [], text))
+        for name in self._places:
+            self.add(name, 0)
+
+    def add(self, name: str, amount: int) -> None:
+        value = self._values.get(name, 0) + amount
+        self._values[name] = value
+        file, key = self._places[name]
+        file.write_value(key, value, 0.0)
+
+
+_metrics: SinkMetrics | None = None
+_owner = 0
+
+
+def metrics() -> SinkMetrics | None:
+    """This process's metrics; None where no folder reached it (a Ray worker)."""
+    global _metrics, _owner
+    if _metrics is None or _owner != os.getpid():
+        folder = os.environ.get(VLLM_FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
+        if folder is None:
+            return None
+        _metrics, _owner = SinkMetrics(folder), os.getpid()
+    return _metrics
