@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra: pip install -e .[eval]")
 
-from evals import report, worker
+from evals import report, reproduce, run, worker
 from evals.policies import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +132,18 @@ def test_policies():
     }
     with pytest.raises(ValueError, match="policy must be dense"):
         Policy.parse("full", 4, 60)
+
+
+@pytest.mark.parametrize("what", ["sinks", "positions", "attention", "mixing"])
+def test_pictures_come_from_the_committed_numbers(tmp_path, what):
+    draw = reproduce.COMMANDS[what][1]
+    picture = tmp_path / "picture.png"
+    draw(ROOT / "evals" / "results" / f"{what}.csv", picture)
+    assert picture.stat().st_size > 5000
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="tasks must be known to the harness"):
+        run.expand_tasks(["sink_smok"])
+    assert run.expand_tasks(["sink_smoke", "sink_ppl_smoke"])[0] == "sink_ppl_smoke"
+    assert len(run.expand_tasks(["sink_smoke"])) == 5
