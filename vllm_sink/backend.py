@@ -1,6 +1,6 @@
 """The ``SINK`` attention backend: what vLLM asks of a backend class; the CPU path.
 
-The GPU path is ``gpu_backend``; ``base`` is what both share.
+The GPU path is in ``gpu_metadata`` and ``gpu_impl``; ``base`` is what both share.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SinkBackend(AttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[SinkImplBase]:
         if serves_in_triton():
-            from vllm_sink.gpu_backend import SinkGpuImpl  # imports Triton
+            from vllm_sink.gpu_impl import SinkGpuImpl  # imports Triton
 
             return SinkGpuImpl
         return SinkImpl
@@ -57,7 +57,7 @@ class SinkBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[SinkBuilderBase]:
         if serves_in_triton():
-            from vllm_sink.gpu_backend import SinkGpuMetadataBuilder
+            from vllm_sink.gpu_metadata import SinkGpuMetadataBuilder
 
             return SinkGpuMetadataBuilder
         return SinkMetadataBuilder

@@ -9,7 +9,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_sink import base
 from vllm_sink.config import SinkConfig
-from vllm_sink.gpu_backend import SinkGpuImpl, SinkGpuMetadataBuilder
+from vllm_sink.gpu_impl import SinkGpuImpl
+from vllm_sink.gpu_metadata import SinkGpuMetadataBuilder
 from vllm_sink.kv_cache_spec import SinkSpec
 from vllm_sink.rope import Rotation
 

@@ -92,17 +92,17 @@ def cpu_path(model, prompts):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Which of the launchers ran, in order."""
-    from vllm_sink import gpu_backend
+    from vllm_sink import gpu_impl
 
     called: list[str] = []
     for name in ("sink_decode", "sink_prefill", "write_kv_cache"):
-        launcher = getattr(gpu_backend, name)
+        launcher = getattr(gpu_impl, name)
 
         def record(*args, name=name, launcher=launcher, **kwargs):
             called.append(name)
             return launcher(*args, **kwargs)
 
-        monkeypatch.setattr(gpu_backend, name, record)
+        monkeypatch.setattr(gpu_impl, name, record)
     return called
 
 
@@ -120,7 +120,7 @@ def test_tokens_and_logprobs_of_the_cpu_path(
 
 @pytest.mark.parametrize("ignored", ["turn", "mask"])
 def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignored):
-    from vllm_sink import gpu_backend
+    from vllm_sink import gpu_impl
 
     # Without a turn to begin with, nothing but the mask changes.
     positions = "cache" if ignored == "turn" else "absolute"
@@ -128,7 +128,7 @@ def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignore
     if ignored == "mask":
         want = serve(model, prompts[:1], interpreted=False, positions=positions)[1]
     for name in ("sink_decode", "sink_prefill"):
-        launcher = getattr(gpu_backend, name)
+        launcher = getattr(gpu_impl, name)
 
         def ignore(*args, launcher=launcher, **kwargs):
             if ignored == "turn":
@@ -137,7 +137,7 @@ def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignore
                 kwargs["window_size"] += 4  # all of them in blocks that still live
             return launcher(*args, **kwargs)
 
-        monkeypatch.setattr(gpu_backend, name, ignore)
+        monkeypatch.setattr(gpu_impl, name, ignore)
     _, logprobs = serve(
         model, prompts[:1], interpreted=True, positions=positions, block_size=16
     )
