@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_sink import backend, gpu_support
+from vllm_sink import backend, base, gpu_support
 from vllm_sink.backend import SinkBackend
 from vllm_sink.config import SinkConfig, validate_engine
 
@@ -107,7 +107,8 @@ def test_other_devices_are_refused(platform):
     assert "got xpu (12, 0)" in reasons(device_capability=(12, 0))
 
 
-def test_gpus_get_the_gpu_path_in_any_layout_and_cpus_their_own(platform):
+def test_gpus_get_the_gpu_path_in_any_layout_and_cpus_their_own(platform, monkeypatch):
+    monkeypatch.setattr(base, "_engine_config", SinkConfig())
     assert SinkBackend.get_impl_cls() is backend.SinkImpl
     assert SinkBackend.get_builder_cls() is backend.SinkMetadataBuilder
     assert [x.name for x in SinkBackend.supported_kv_cache_layouts()] == ["LBHNC"]
