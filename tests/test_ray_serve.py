@@ -1,0 +1,156 @@
+"""The Serve config that ships, on two CPU replicas: answers, fails, recovers."""
+
+import contextlib
+import copy
+import http.client
+import json
+import socket
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra: pip install 'vllm-sink[ray]'")
+import ray
+from ray import serve
+
+from scripts.serve_ray import deploy, read_config
+from tests.ray_nodes import INIT, SETTINGS
+
+CONFIG = Path(__file__).parents[1] / "scripts" / "serve_ray.yaml"
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
+
+
+@pytest.fixture(scope="module")
+def config(model_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = read_config(CONFIG, model_path)
+    config["http_options"]["port"] = port
+    return config
+
+
+@pytest.fixture(scope="module")
+def url(config):
+    """The application, its cluster in this process."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in SETTINGS.items():
+            monkeypatch.setenv(name, value)
+        # Replicas are what a user's are: an engine in a process of its own.
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(num_cpus=7, log_to_driver=False, **INIT)
+        try:
+            deploy(config)
+            yield f"http://127.0.0.1:{config['http_options']['port']}/v1"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def post(url: str, path: str, **body):
+    request = urllib.request.Request(
+        url + path,
+        json.dumps({"model": "smollm2", "temperature": 0, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=300)
+
+
+def chat(url: str) -> str:
+    reply = post(url, "/chat/completions", messages=[QUESTION], max_tokens=24)
+    return json.load(reply)["choices"][0]["message"]["content"]
+
+
+def replicas() -> list:
+    """Handles of the model's replica actors."""
+    return [
+        ray.get_actor(actor["name"], actor["namespace"])
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if "#LLMServer" in actor["name"]
+    ]
+
+
+def test_chat_on_two_replicas(url):
+    assert "Paris" in chat(url)
+    assert len(replicas()) == 2
+
+
+def test_completions_with_logprobs(url):
+    reply = post(
+        url,
+        "/completions",
+        prompt="The capital of France is",
+        max_tokens=4,
+        logprobs=2,
+    )
+    choice = json.load(reply)["choices"][0]
+    scores = choice["logprobs"]
+    assert "Paris" in choice["text"]
+    assert len(scores["tokens"]) == len(scores["token_logprobs"]) == 4
+    assert all(score <= 0 for score in scores["token_logprobs"])
+    assert all(len(top) >= 2 for top in scores["top_logprobs"])
+
+
+def test_streaming(url):
+    whole = chat(url)
+    events = post(
+        url, "/chat/completions", messages=[QUESTION], max_tokens=24, stream=True
+    )
+    chunks = [line[6:].strip() for line in events if line.startswith(b"data: ")]
+    assert chunks.pop() == b"[DONE]"
+    choices = [json.loads(chunk)["choices"] for chunk in chunks]
+    assert len(choices) > 3
+    assert "".join(c[0]["delta"].get("content") or "" for c in choices if c) == whole
+
+
+def test_a_killed_replica_ends_its_stream_and_the_app_answers_again(url):
+    stream = post(
+        url,
+        "/completions",
+        prompt="Once upon a time",
+        max_tokens=6000,
+        ignore_eos=True,
+        stream=True,
+    )
+    assert stream.readline().startswith(b"data: ")
+    actors = replicas()
+    busy = ray.get([actor.get_num_ongoing_requests.remote() for actor in actors])
+    assert sorted(busy) == [0, 1]
+    start = time.monotonic()
+    ray.kill(actors[busy.index(1)], no_restart=False)
+    rest = b""
+    error = None
+    try:
+        for line in stream:
+            rest = line if line.strip() else rest
+    except (http.client.HTTPException, OSError) as broken:
+        error = broken
+    print("STREAM", rest, repr(error), time.monotonic() - start)
+    assert error is not None or b"error" in rest
+    assert b"[DONE]" not in rest
+    assert "Paris" in chat(url)
+    assert time.monotonic() - start < 120
+
+
+def test_a_wrong_policy_fails_the_deployment_with_its_message(url, config):
+    wrong = copy.deepcopy(config)
+    (application,) = wrong["applications"]
+    application.update(name="wrong", route_prefix="/wrong")
+    (llm,) = application["args"]["llm_configs"]
+    llm["engine_kwargs"]["additional_config"]["sink"]["window_size"] = 0
+    llm["deployment_config"] = {"num_replicas": 1, "max_constructor_retry_count": 1}
+    message = "sink.window_size must be an integer >= 1, got 0"
+    with pytest.raises(RuntimeError):
+        deploy(wrong)
+    status = serve.status().applications["wrong"]
+    assert status.status == "DEPLOY_FAILED"
+    messages = [status.message]
+    messages += [deployment.message for deployment in status.deployments.values()]
+    assert any(message in text for text in messages), messages
+    # The other application doesn't notice.
+    with contextlib.closing(post(url, "/completions", prompt="x", max_tokens=1)):
+        pass
