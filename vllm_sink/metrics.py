@@ -11,6 +11,7 @@ vLLM itself uses such files: then they go into its folder and vLLM reads them.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -30,14 +31,21 @@ GAUGES = {
 }
 
 
-def register_collector() -> None:
-    """Name the folder and read it on every scrape; once in a tree of processes.
+_is_registered = False
 
-    Called wherever the plugin loads; the first process is the server (or the
-    user's own), its children inherit the variable. Nothing is created here.
+
+def register_collector() -> None:
+    """Name the folder and read it on every scrape; once in a server's processes.
+
+    Called wherever the plugin loads. The process that ``multiprocessing`` didn't
+    start is the server (or the user's own): its children inherit the variable. A
+    server that a process with the plugin launches gets a folder of its own. Nothing
+    is created here.
     """
-    if FOLDER_VARIABLE in os.environ:
+    global _is_registered
+    if _is_registered or multiprocessing.parent_process() is not None:
         return
+    _is_registered = True
     from prometheus_client import REGISTRY
 
     folder = os.path.join(
