@@ -39,7 +39,7 @@ MAX_LEN = 300
 POLICIES = [(4, 60, 16), (0, 33, 16), (20, 1, 8), (40, 24, 16), (3, 5, 1), (17, 40, 8)]
 ROOTS = [random.Random(seed).choices(range(50), k=MAX_LEN) for seed in range(3)]
 STEPS = settings(
-    max_examples=45,
+    max_examples=70,
     stateful_step_count=100,
     derandomize=True,  # the same steps everywhere
     database=None,
@@ -394,7 +394,7 @@ def test_the_manager_follows_the_oracle():
         "drafts rejected",
         "resets",
     ):
-        assert counts[what] >= 10, f"the run must exercise {what}"
+        assert counts[what] >= 5, f"the run must exercise {what}"
 
 
 def frees_sinks(self, request_id, processed, num_prompt_tokens=None):
