@@ -19,7 +19,8 @@ part() { # NAME COMMAND...
 part "ruff check" "$PYTHON" -m ruff check .
 part "ruff format" "$PYTHON" -m ruff format --check .
 part "mypy" "$PYTHON" -m mypy
-part "tests" "$PYTHON" -m pytest tests --ignore=tests/kernels \
+# Without OMP_NUM_THREADS vLLM takes one thread for an engine in this process.
+part "tests" env OMP_NUM_THREADS="$(nproc)" "$PYTHON" -m pytest tests --ignore=tests/kernels \
     --ignore=tests/kernels_aot --ignore=tests/gpu_path "$@"
 # The next vLLM's scheduler core on the same torch: what the manager stands on.
 part "vLLM $VLLM_NEXT, Python part" fetch_next_vllm
