@@ -46,7 +46,7 @@ class Rows:
     num_sink_tokens: int
     window_size: int
 
-    @property
+    @functools.cached_property  # once a step, not once a layer
     def num_splits(self) -> int:
         keys = min(
             int(self.positions.max()) + 1, self.num_sink_tokens + self.window_size
