@@ -1,10 +1,12 @@
 """The CPU path's plan and tiles against the kernels' reference."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
-from vllm_sink_kernels import cpu, reference
+from vllm_sink_kernels import cpu, cpu_decode, cpu_write, reference
 
 from vllm_sink.rope import Rotation
 
@@ -105,15 +107,15 @@ def test_work_does_not_grow_with_the_stream():
         kwargs = dict(num_sink_tokens=4, window_size=60, block_size=SIZE)
         token = cpu.plan(table, [0, 1], [seq_len], **kwargs).decode
         (chunk,) = cpu.plan(table, [0, 100], [seq_len], **kwargs).chunks
-        work.append((token.num_splits, len(token.rows), len(chunk.blocks)))
+        work.append((token.max_keys, len(token.rows), len(chunk.blocks)))
         assert len(chunk.blocks) <= -(-(59 + 100) // SIZE) + 1
-    assert work[0][:2] == work[1][:2] == (1, 1)
+    assert work[0][:2] == work[1][:2] == (64, 1)
 
 
 def test_write_kv_places_tokens():
     pages = torch.zeros(3, 2, 2 * SIZE, DIM)
     key, value = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM)
-    cpu.write_kv(key, value, pages, torch.tensor([2 * SIZE + 5, SIZE, -1]))
+    cpu_write.write_kv(key, value, pages, torch.tensor([2 * SIZE + 5, SIZE, -1]))
     for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
         assert torch.equal(pages[block, :, slot], key[token])
         assert torch.equal(pages[block, :, slot + SIZE], value[token])
@@ -166,3 +168,50 @@ def test_16_bit_caches(dtype, decode_queries):
     )
     rounding = torch.finfo(dtype).eps * want.abs() / 2
     assert ((out.float() - want).abs() <= rounding + 2e-5).all()
+
+
+def test_any_number_of_threads_gives_the_same():
+    """Which thread takes which split changes no bit of the result."""
+    q, pages, table, starts, seq_lens = make_batch(8, 2, [(3, 390)] * 4, (4, 380))
+    kwargs = dict(num_sink_tokens=4, window_size=380, block_size=SIZE)
+    num_floats = 2 * len(q) * 384 * 2 * DIM
+    assert num_floats > cpu_decode.SERIAL_FLOATS, "one thread is used anyway"
+    num_threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            plan = cpu.plan(table, starts, seq_lens, **kwargs)
+            for _ in range(20):  # again on the counters that the last run left
+                out = torch.full_like(q, float("nan"))
+                cpu.attend(q, pages, plan, out, scale=0.3)
+                results.append(out)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert results[0].isfinite().all()
+    for out in results:
+        assert torch.equal(out, results[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loops_run_in_torchs_own_threads():
+    """No second pool: the seam that ``cpu_native`` describes has not moved."""
+    code = """
+import os, torch
+from vllm_sink_kernels import cpu_native, cpu_write
+loop = cpu_write.loop(torch.float32)  # the compiler has a thread, too
+torch.set_num_threads(4)
+torch.randn(1000, 1000).exp()  # starts torch's threads
+before = set(os.listdir("/proc/self/task"))
+assert cpu_native._parallel() is not None
+pages = torch.zeros(1, 1, 32, 8)
+slots = torch.zeros(100_000, dtype=torch.int64)
+key = torch.randn(100_000, 1, 8)
+job = cpu_write._job(key, key, pages, slots)
+for _ in range(10):
+    cpu_native.run(loop, job, 4)
+after = set(os.listdir("/proc/self/task"))
+assert len(before) >= 4 and after == before, (before, after)
+assert job.next_item == 100_000 + 4, job.next_item  # every thread came
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

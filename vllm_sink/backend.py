@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
-from vllm_sink_kernels import cpu, cpu_compiled
+from vllm_sink_kernels import cpu, cpu_write
 
 from vllm_sink import gpu_support
 from vllm_sink.base import SinkBuilderBase, SinkImplBase, engine_config
@@ -183,7 +183,7 @@ class SinkMetadataBuilder(SinkBuilderBase[SinkMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        cpu_compiled.compile_for(kv_cache_spec.dtype)
+        cpu.compile_for(kv_cache_spec.dtype)
 
     def build(
         self,
@@ -251,12 +251,7 @@ class SinkImpl(SinkImplBase[SinkMetadata]):
         blocks, heads, size, width = kv_cache.shape
         pages = kv_cache.view(blocks, heads, 2 * size, width // 2)
         if self.writes_cache and key is not None:
-            cpu.write_kv(
-                key[:n],
-                value[:n],
-                pages,
-                attn_metadata.slots,
-            )
+            cpu_write.write_kv(key, value, pages, attn_metadata.slots)
         turn = None
         if self.rotation is not None and attn_metadata.turns:
             turn = attn_metadata.turns[id(self.rotation.cos_sin_cache)]

@@ -4,7 +4,7 @@ A step is planned once (:func:`plan`) and the plan is shared by all layers; a
 layer then runs :func:`attend`, which never touches a block outside the plan.
 
 Short queries (decode, speculation) read the retained keys in place
-(:func:`cpu_compiled.decode`). Longer ones, prefill chunks, gather their window's
+(:mod:`cpu_decode`). Longer ones, prefill chunks, gather their window's
 blocks once and run torch's flash attention over it in tiles of queries; the
 sinks that have left the window are merged in afterwards by log-sum-exp, because
 they meet another query, the turned one.
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_sink_kernels import cpu_compiled
-from vllm_sink_kernels.cpu_compiled import Rows
+from vllm_sink_kernels import cpu_decode, cpu_merge, cpu_write
+from vllm_sink_kernels.cpu_rows import Rows
 
 # A tile of n queries computes W + n - 1 keys for each, of which W are seen:
 # small tiles waste less, and torch's kernel is as fast at 64 as at 128.
@@ -185,11 +185,13 @@ def attend(
         soft_cap: Logits become cap * tanh(logits / cap); 0 is off.
         sink_logits: [HQ], the learned logit in the softmax denominator.
     """
+    if sink_logits is not None:
+        sink_logits = sink_logits.float().contiguous()
     options: dict[str, Any] = dict(
         scale=scale, soft_cap=soft_cap, sink_logits=sink_logits, turn=turn
     )
     if plan.decode is not None:
-        cpu_compiled.decode(q, kv_cache, plan.decode, out, **options)
+        cpu_decode.decode(q, kv_cache, plan.decode, out, **options)
     if plan.prefill is None:
         return
     q = q.float().contiguous()
@@ -216,7 +218,7 @@ def attend(
             result[rows] = window[0].transpose(0, 1)
             lse[rows] = denominator[0].transpose(0, 1)
     if plan.is_merged or sink_logits is not None:
-        cpu_compiled.merge_sinks(q, kv_cache, plan.prefill, lse, result, **options)
+        cpu_merge.merge_sinks(q, kv_cache, plan.prefill, lse, result, **options)
     if result is not out:
         changed = torch.from_numpy(plan.prefill.rows)
         out[changed] = result[changed].to(out.dtype)
@@ -237,16 +239,7 @@ def _window_attention(q, keys, values, bias, scale, soft_cap):
     return torch.softmax(scores, dim=-1) @ values, torch.logsumexp(scores, dim=-1)
 
 
-def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Store a step's keys and values in place.
-
-    Args:
-        key, value: [T, HKV, D].
-        kv_cache: [B, HKV, 2N, D].
-        slots: [T] int64, block * N + offset; negative is padding.
-    """
-    cpu_compiled.write_kv(
-        key.to(kv_cache.dtype), value.to(kv_cache.dtype), kv_cache, slots
-    )
+def compile_for(kv_cache_dtype: torch.dtype) -> None:
+    """Compile the loops for a cache dtype now; seconds, once a machine."""
+    for module in (cpu_decode, cpu_merge, cpu_write):
+        module.loop(kv_cache_dtype)

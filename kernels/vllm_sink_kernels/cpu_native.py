@@ -1,0 +1,192 @@
+"""Compiled loops over torch's memory, run by torch's own threads.
+
+A loop is a C function of one argument, the address of a :class:`Job`: sizes and
+addresses. Every thread of the team calls it with the same job and takes items
+off the job's counter until none is left, so a thread that wakes late costs
+nothing but its own share.
+
+Numba compiles the loops but does not start them. Its OpenMP layer resolves
+``libgomp.so.1`` to the system's library, torch and vLLM's C++ operators to the
+one in torch's wheel: two pools of threads on the same cores, and the pool that
+slept (or, spinning, held the core the other wanted) has to be woken in every
+layer. :func:`run` starts the loop in torch's pool, through the entry point that
+compilers use for ``#pragma omp parallel``; LLVM's and Intel's runtimes have it too.
+Its array arguments, besides, cost Numba's dispatcher more than a small loop takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload
+
+# No "nnan"/"ninf": a NaN must stay one, and -inf is the empty maximum.
+OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "error_model": "numpy",
+    "cache": True,
+}
+# Numba has no 16-bit floats: their bits travel as integers of two types.
+STORAGE: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(np.uint16),
+    torch.float16: np.dtype(np.int16),
+}
+
+
+def job_type(name: str, integers: str, floats: str) -> tuple[type, types.Type]:
+    """A struct of named int64 and float64 fields, to Python and to Numba.
+
+    Its first field is the counter that :func:`take` takes items from.
+
+    Args:
+        integers, floats: Names, separated by spaces. Addresses are integers.
+    """
+    fields: list[tuple[str, Any]] = [("next_item", ctypes.c_int64)]
+    fields += [(field, ctypes.c_int64) for field in integers.split()]
+    fields += [(field, ctypes.c_double) for field in floats.split()]
+    struct = type(name, (ctypes.Structure,), {"_fields_": fields})
+    record = numba.from_dtype(np.dtype(struct))
+    return struct, types.void(types.CPointer(record))
+
+
+def run(loop: Any, job: ctypes.Structure, num_threads: int) -> None:
+    """Run a compiled loop to its end in ``num_threads`` threads, this one included.
+
+    Args:
+        loop: A ``numba.cfunc`` over the job's type.
+    """
+    job.next_item = 0  # type: ignore[attr-defined]
+    parallel = _parallel()
+    if num_threads == 1 or parallel is None:
+        loop.ctypes(ctypes.byref(job))
+    else:
+        parallel(loop.address, ctypes.byref(job), num_threads, 0)
+
+
+@functools.cache
+def _parallel() -> Callable | None:
+    """OpenMP's "run this function in a team" of the runtime that torch loaded."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:  # another runtime: one thread
+        return None
+    function.restype = None
+    function.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    ]
+    return function
+
+
+@intrinsic
+def take(typing_context, counter, count):
+    """Add ``count`` to the int64 at ``counter``, return what it was; atomic.
+
+    Args:
+        counter: An address, or the pointer to a job.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        address, number = arguments
+        pointer_type = ir.IntType(64).as_pointer()
+        if isinstance(signature.args[0], types.CPointer):
+            pointer = builder.bitcast(address, pointer_type)
+        else:
+            pointer = builder.inttoptr(address, pointer_type)
+        return builder.atomic_rmw("add", pointer, number, "seq_cst")
+
+    return types.int64(counter, types.int64), codegen
+
+
+@intrinsic
+def _void_pointer(typing_context, address):
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@numba.njit(inline="always")
+def array(address, shape, dtype):
+    """The C-contiguous array at an address."""
+    return numba.carray(_void_pointer(address), shape, dtype)
+
+
+@intrinsic
+def _float_of(typing_context, bits):
+    """The float32 whose bits the int32 holds."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _float_of_half(typing_context, bits):
+    """The IEEE half whose bits the int16 holds, as float32."""
+
+    def codegen(context, builder, signature, arguments):
+        half = builder.bitcast(arguments[0], ir.HalfType())
+        return builder.fpext(half, context.get_value_type(types.float32))
+
+    return types.float32(types.int16), codegen
+
+
+def at(row, d):
+    """``row[d]`` as float32, from any storage type."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(at, inline="always")
+def _at_of(row, d):
+    if row.dtype == types.uint16:  # bfloat16: the upper half of a float32
+        return lambda row, d: _float_of(np.int32(row[d]) << np.int32(16))
+    if row.dtype == types.int16:
+        return lambda row, d: _float_of_half(row[d])
+    return lambda row, d: row[d]
+
+
+@numba.njit(inline="always", **OPTIONS)
+def exp(x):
+    """e**x for x <= 0 in float32, 2 ulp; inlined, so that its loop is vectorised.
+
+    The C library's is a call for each element. Cody and Waite's reduction to
+    [-ln 2 / 2, ln 2 / 2], then the Taylor polynomial of degree 6.
+    """
+    x = max(x, np.float32(-87.0))
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1.0)
+    p = p * r + np.float32(1.0)
+    return p * _float_of((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@numba.njit(**OPTIONS)
+def turned(query, cos, sin, is_neox):
+    """The query's heads [G, D] turned by angles [rotary_dim/2], a copy."""
+    result = query.copy()
+    half = cos.shape[0]
+    for i in range(half):
+        a = i if is_neox else 2 * i
+        b = i + half if is_neox else 2 * i + 1
+        for g in range(query.shape[0]):
+            result[g, a] = query[g, a] * cos[i] - query[g, b] * sin[i]
+            result[g, b] = query[g, b] * cos[i] + query[g, a] * sin[i]
+    return result
