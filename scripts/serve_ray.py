@@ -93,7 +93,9 @@ def main() -> None:
     try:
         # Ray counts CPUs to place actors: two for each replica, one for the
         # ingress. A laptop has fewer; the operating system shares them out.
+        # A Ray of its own, also where one runs already.
         ray.init(
+            address="local",
             num_cpus=max(5, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
