@@ -1,6 +1,6 @@
 """What the scheduler pays for the policy: one decoded token, short against endless.
 
-    python benchmarks/manager_cost.py [--tokens 1000 1000000] [--repeats 20]
+    python -m benchmarks.manager_cost [--tokens 1000 1000000] [--repeats 20]
 
 ``allocate_slots`` (eviction of the gap included) of one more token, for a
 request of each context length, in CPU time of the thread. The lengths take turns

@@ -8,7 +8,7 @@ import time
 
 from benchmarks import common
 
-BENCHMARKS = ("stream", "capacity", "peers")
+BENCHMARKS = ("stream", "capacity", "peers", "manager_cost")
 
 
 def main() -> None:
@@ -18,8 +18,10 @@ def main() -> None:
     args = parser.parse_args()
     failed = []
     for name in args.only:
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--model", args.model]
-        command += ["--quick"] if args.quick else []
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
+        if name != "manager_cost":  # runs no model
+            command += ["--model", args.model]
+            command += ["--quick"] if args.quick else []
         if name == "peers" and args.llama_python:
             command += ["--llama-python", args.llama_python]
         start = time.monotonic()

@@ -15,10 +15,32 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
 # Marks a worker's process; see SinkCpuPlatform.ray_device_key.
 WORKER_VARIABLE = "VLLM_SINK_RAY_WORKER"
+# vLLM's own setting: the placement group's bundles that are workers'.
+_BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
 
 
 class CpuRayExecutor(RayExecutorV2):
     """``--distributed-executor-backend ray`` where there are only CPUs."""
+
+    def _init_executor(self) -> None:
+        """Keep the workers out of the engine core's own bundle.
+
+        With ``--data-parallel-backend ray`` vLLM hands in a placement group of
+        one bundle for each worker and, last, one for the engine core. It tells
+        them apart by the device's key, which is CPU in both here, and would
+        wait for a worker too many without end.
+        """
+        group = self.parallel_config.placement_group
+        world_size = self.parallel_config.world_size
+        is_data_parallel = group is not None and group.bundle_count > world_size
+        if not is_data_parallel or _BUNDLES in os.environ:
+            super()._init_executor()
+            return
+        os.environ[_BUNDLES] = ",".join(map(str, range(world_size)))
+        try:
+            super()._init_executor()
+        finally:
+            del os.environ[_BUNDLES]
 
     def _build_runtime_env(self) -> dict:
         runtime_env = super()._build_runtime_env()
