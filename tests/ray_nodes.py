@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import ray
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_sink.ray_executor import CpuRayExecutor
 
@@ -28,15 +30,36 @@ INIT = dict(
 )
 NODE = f"""
 import ray, sys
-context = ray.init(num_cpus=2, **{INIT!r})
+context = ray.init(num_cpus=int(sys.argv[1]), **{INIT!r})
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
 
 
+def save_llama(folder) -> str:
+    """A random Llama whose 4 query and 2 KV heads split over two workers."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 @contextlib.contextmanager
-def earlier_cluster(monkeypatch, directory, *import_first):
+def earlier_cluster(monkeypatch, directory, *import_first, num_cpus=2):
     """Join a cluster that was started by another process, in a clean environment.
 
     Args:
@@ -54,7 +77,7 @@ def earlier_cluster(monkeypatch, directory, *import_first):
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     node = subprocess.Popen(
-        [sys.executable, "-c", NODE],
+        [sys.executable, "-c", NODE, str(num_cpus)],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

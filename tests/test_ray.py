@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vllm_sink
 from tests.engine import prompt_logprobs, sink_engine
@@ -15,7 +14,7 @@ from tests.engine import prompt_logprobs, sink_engine
 pytest.importorskip("ray", reason="needs the extra: pip install 'vllm-sink[ray]'")
 import ray
 
-from tests.ray_nodes import earlier_cluster
+from tests.ray_nodes import earlier_cluster, save_llama
 
 SINKS, WINDOW = 4, 60
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
@@ -24,24 +23,7 @@ OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     """A random Llama whose 4 query and 2 KV heads split over two workers."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    folder = str(tmp_path_factory.mktemp("llama"))
-    model.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -2,63 +2,20 @@
 
 import concurrent.futures
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
 
-START_TIMEOUT_S = 300
+from tests.server import post, serve
 
 
 @pytest.fixture(scope="module")
 def server(model_path, tmp_path_factory):
     """Base URL of a server that was given the flag and nothing of the policy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {
-        **os.environ,
-        "VLLM_PLUGINS": "sink",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_path]
-    command += ["--attention-backend", "sink", "--host", "127.0.0.1"]
-    # Speed alone: float32 and eager are what this machine runs fastest.
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--served-model-name", "model"]
-    with log.open("w") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(url + "/health", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
+    with serve(model_path, log) as url:
         yield url, log
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def post(url: str, path: str, **body):
-    request = urllib.request.Request(
-        url + path,
-        json.dumps({"model": "model", **body}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    return urllib.request.urlopen(request, timeout=300)
 
 
 def answer(url: str, prompt, max_tokens: int = 8) -> str:
