@@ -42,6 +42,16 @@ class CpuRayExecutor(RayExecutorV2):
         finally:
             del os.environ[_BUNDLES]
 
+    def collective_rpc(self, *args, **kwargs) -> Any:
+        """vLLM's; with a clear error once a worker has died.
+
+        vLLM's own, when the executor was shut down in between, is an assertion
+        about follower nodes.
+        """
+        if self.is_failed:
+            raise RuntimeError("Executor failed: a Ray worker died; start it again")
+        return super().collective_rpc(*args, **kwargs)
+
     def _build_runtime_env(self) -> dict:
         runtime_env = super()._build_runtime_env()
         env_vars = runtime_env["env_vars"]
