@@ -33,24 +33,22 @@ def sink_engine(model, sinks=None, window=None, *, positions="cache", **kwargs):
         gc.collect()
 
 
+# What scores a prompt and generates nothing that anyone reads.
+SCORING = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+
+
 def prompt_logprobs(llm, prompts) -> list[torch.Tensor]:
     """For each token list, [T-1] log-probabilities of its tokens."""
     outputs = llm.generate(
-        [{"prompt_token_ids": tokens} for tokens in prompts],
-        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
-        use_tqdm=False,
+        [{"prompt_token_ids": tokens} for tokens in prompts], SCORING, use_tqdm=False
     )
-    return [
-        torch.tensor(
-            [
-                entry[token].logprob
-                for entry, token in zip(
-                    output.prompt_logprobs[1:], tokens[1:], strict=True
-                )
-            ]
-        )
-        for output, tokens in zip(outputs, prompts, strict=True)
-    ]
+    return [output_logprobs(output) for output in outputs]
+
+
+def output_logprobs(output) -> torch.Tensor:
+    """[T-1] log-probabilities of the prompt's tokens in a reply to SCORING."""
+    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return torch.tensor([entry[token].logprob for entry, token in pairs])
 
 
 def run_steps(llm, prompts, params, on_step) -> dict[str, list[int]]:

@@ -10,8 +10,6 @@ import subprocess
 import sys
 
 import ray
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_sink.ray_executor import CpuRayExecutor
 
@@ -35,27 +33,6 @@ print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
-
-
-def save_llama(folder) -> str:
-    """A random Llama whose 4 query and 2 KV heads split over two workers."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @contextlib.contextmanager

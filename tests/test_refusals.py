@@ -1,12 +1,14 @@
 """What can't be honoured is refused at start: setting, value, remedy."""
 
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_sink import compat, rope
+from vllm_sink import __version__, compat, rope
 from vllm_sink.config import SinkConfig, validate_engine
 
 
@@ -206,6 +208,19 @@ def test_enum_member_survives_pickling_by_value():
     again = pickle.loads(pickle.dumps(member))
     assert again is member
     assert b"restore_backend_member" in pickle.dumps(member)
+
+
+def test_a_process_without_the_plugin_says_so():
+    pickled = pickle.dumps(compat.register_backend_member())
+    code = (
+        "import pickle, sys; sys.modules['vllm_sink'] = None; "
+        "pickle.loads(sys.stdin.buffer.read())"
+    )
+    process = subprocess.run([sys.executable, "-c", code], input=pickled, stderr=-1)
+    assert process.returncode == 1
+    assert b"must be %s like the driver's, got none" % __version__.encode() in (
+        process.stderr
+    )
 
 
 def test_unsupported_vllm_gets_one_clear_warning(monkeypatch):

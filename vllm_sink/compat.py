@@ -10,9 +10,11 @@ load, and an unknown value is an error.
 from __future__ import annotations
 
 import re
-import socket
+import sys
 import warnings
 from typing import TYPE_CHECKING
+
+import cloudpickle
 
 from vllm_sink import __version__
 
@@ -51,24 +53,47 @@ def register_backend_member() -> AttentionBackendEnum:
     return member
 
 
+class _Member:
+    """What the member becomes in a pickle: a call of the function below."""
+
+    def __reduce__(self):
+        return restore_backend_member, (__version__,)
+
+
 def _reduce_member(protocol: int):
-    return restore_backend_member, (__version__,)
+    # By value: where this package is missing, its function must run all the same.
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.loads, (cloudpickle.dumps(_Member()),)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
     """Unpickle the member in another process, maybe on another machine.
 
     vLLM's configuration holds the member and goes to every worker, so this is
-    where a node with another vllm-sink is found, before anything is loaded.
+    where a node with another vllm-sink is found, before anything is loaded. The
+    code that runs is the sender's.
 
     Raises:
-        RuntimeError: Names this node, its version and the sender's.
+        RuntimeError: Names this node, its version ("none" if it has no
+            vllm-sink) and the sender's.
     """
-    if sender_version != __version__:
+    import socket
+
+    try:
+        from vllm_sink import __version__ as found
+    except ImportError:
+        found = "none"
+    if sender_version != found:
         raise RuntimeError(
             f"vllm-sink on node {socket.gethostname()} must be {sender_version} like "
-            f"the driver's, got {__version__}; install one version on every node"
+            f"the driver's, got {found}; install one version on every node"
         )
+    from vllm_sink.compat import register_backend_member
+
     return register_backend_member()
 
 

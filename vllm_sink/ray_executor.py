@@ -23,13 +23,18 @@ class CpuRayExecutor(RayExecutorV2):
     """``--distributed-executor-backend ray`` where there are only CPUs."""
 
     def _init_executor(self) -> None:
-        """Keep the workers out of the engine core's own bundle.
+        """Name no class to the workers; keep them out of the engine core's bundle.
+
+        A node without this package couldn't unpickle a configuration that names
+        this class, and would give a less clear error than the backend's member
+        does (:func:`vllm_sink.compat.restore_backend_member`).
 
         With ``--data-parallel-backend ray`` vLLM hands in a placement group of
         one bundle for each worker and, last, one for the engine core. It tells
         them apart by the device's key, which is CPU in both here, and would
         wait for a worker too many without end.
         """
+        self.parallel_config.distributed_executor_backend = "ray"
         group = self.parallel_config.placement_group
         world_size = self.parallel_config.world_size
         is_data_parallel = group is not None and group.bundle_count > world_size
@@ -45,12 +50,18 @@ class CpuRayExecutor(RayExecutorV2):
     def collective_rpc(self, *args, **kwargs) -> Any:
         """vLLM's; with a clear error once a worker has died.
 
-        vLLM's own, when the executor was shut down in between, is an assertion
-        about follower nodes.
+        A thread of vLLM's shuts the executor down then, maybe in the middle of
+        this call, which fails in one of several ways: an assertion about follower
+        nodes, an index error.
         """
-        if self.is_failed:
-            raise RuntimeError("Executor failed: a Ray worker died; start it again")
-        return super().collective_rpc(*args, **kwargs)
+        try:
+            return super().collective_rpc(*args, **kwargs)
+        except Exception as error:
+            if not self.is_failed:
+                raise
+            raise RuntimeError(
+                "Executor failed: a Ray worker died; start it again"
+            ) from error
 
     def _build_runtime_env(self) -> dict:
         runtime_env = super()._build_runtime_env()

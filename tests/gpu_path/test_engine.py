@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.random_llama import save_llama
 
 SINKS, WINDOW = 4, 20
 MAX_TOKENS = 8
@@ -10,21 +11,13 @@ MAX_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A random Llama whose logits depend on what attention sees."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
+    return save_llama(
+        tmp_path_factory.mktemp("llama"),
         vocab_size=128,
-        hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        initializer_range=0.15,
     )
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
