@@ -1,5 +1,6 @@
 """What can't be honoured is refused at start: setting, value, remedy."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm import envs
+from vllm.platforms import current_platform
 
-from vllm_sink import __version__, compat, rope
+import vllm_sink
+from vllm_sink import __version__, compat, metrics, rope
 from vllm_sink.config import SinkConfig, validate_engine
 
 
@@ -223,6 +227,18 @@ def test_a_process_without_the_plugin_says_so():
     )
 
 
+def test_vllm_knows_the_plugins_variable(monkeypatch):
+    """``--fail-on-environ-validation`` must not refuse what the user didn't set."""
+    vllm_sink.register()
+    for name in set(os.environ) - set(envs.environment_variables):
+        if name.startswith("VLLM_"):  # the tests' and vLLM's own
+            monkeypatch.delenv(name)
+    factors = envs.compile_factors()
+    monkeypatch.setenv(metrics.FOLDER_VARIABLE, "/tmp/folder")
+    current_platform.validate_environ(hard_fail=True)
+    assert envs.compile_factors() == factors
+
+
 def test_unsupported_vllm_gets_one_clear_warning(monkeypatch):
     import vllm
 
@@ -232,8 +248,6 @@ def test_unsupported_vllm_gets_one_clear_warning(monkeypatch):
 
 
 def test_other_backends_are_left_alone():
-    from vllm.platforms import current_platform
-
     selector = SimpleNamespace(use_sparse=False, use_mla=False)
     path = current_platform.get_attn_backend_cls(None, selector)
     assert path == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"

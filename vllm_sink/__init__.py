@@ -22,6 +22,7 @@ def register() -> None:
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
+    compat.register_variable(metrics.FOLDER_VARIABLE)
     rope.record_parents()
     metrics.register_collector()
 

@@ -112,6 +112,19 @@ def register_kv_cache_spec() -> None:
     KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
 
 
+def register_variable(name: str) -> None:
+    """Tell vLLM of an environment variable that starts with ``VLLM_``; idempotent.
+
+    vLLM warns of one that it doesn't know, or refuses to start
+    (``--fail-on-environ-validation``). The prefix is what makes Ray's engine cores
+    inherit it. Its value as vLLM sees it is constant: vLLM makes all of them part
+    of its compile cache's key.
+    """
+    from vllm import envs
+
+    envs.environment_variables.setdefault(name, lambda: None)
+
+
 def cpu_platform_path() -> str | None:
     """Path of our CPU platform class where vLLM's built-in detection says CPU."""
     from vllm.platforms import builtin_platform_plugins
