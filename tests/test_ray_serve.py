@@ -136,8 +136,6 @@ def long_stream(url: str, prompt: str):
         assert stream.readline().startswith(b"data: ")
         (name,) = busy_replicas()
         yield stream, name
-    while busy_replicas():
-        time.sleep(0.1)
 
 
 def test_chat_on_two_replicas(url):
@@ -182,6 +180,8 @@ def test_turns_of_a_chat_land_where_their_prefix_is_cached(url):
             if len(homes) < 2:
                 homes.append(name)
             assert name == homes[index]
+        while busy_replicas():
+            time.sleep(0.1)
         chats[index] += "And then, another day, there was more of it. "
     assert len(set(homes)) == 2
 

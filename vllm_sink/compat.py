@@ -62,12 +62,8 @@ class _Member:
 
 def _reduce_member(protocol: int):
     # By value: where this package is missing, its function must run all the same.
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        return cloudpickle.loads, (cloudpickle.dumps(_Member()),)
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return cloudpickle.loads, (cloudpickle.dumps(_Member()),)
 
 
 def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
