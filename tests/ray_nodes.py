@@ -20,8 +20,10 @@ SETTINGS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     "VLLM_HOST_IP": "127.0.0.2",
 }
-# Ray replaces 127.0.0.1 by an address of the network; it leaves this one alone.
+# A Ray of its own, also where one runs already. Ray replaces 127.0.0.1 by an address
+# of the network; it leaves this one alone.
 INIT = dict(
+    address="local",
     _node_ip_address="127.0.0.2",
     include_dashboard=False,
     object_store_memory=100 * 2**20,
