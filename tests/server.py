@@ -14,12 +14,16 @@ from pathlib import Path
 START_TIMEOUT_S = 300
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serve(model: str, log: Path, *flags: str, **environment: str):
     """The base URL of a server under the policy; its output goes to ``log``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     variables = {
         **os.environ,
         "VLLM_PLUGINS": "sink",
@@ -52,10 +56,11 @@ def serve(model: str, log: Path, *flags: str, **environment: str):
 
 
 def post(url: str, path: str, **body):
-    """The open response of a JSON request to the model."""
+    """The open response of a JSON request to the model, past any proxy."""
     request = urllib.request.Request(
         url + path,
         json.dumps({"model": "model", **body}).encode(),
         {"Content-Type": "application/json"},
     )
-    return urllib.request.urlopen(request, timeout=300)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=120)

@@ -20,6 +20,7 @@ import ray
 from tests.random_llama import save_llama
 from tests.ray_nodes import earlier_cluster
 from vllm_sink.compat import register_backend_member
+from vllm_sink.ray_executor import CpuRayExecutor, RayExecutorV2
 
 SINKS, WINDOW = 4, 60
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
@@ -79,6 +80,22 @@ def test_an_engine_refuses_a_node_without_the_plugin(llama, monkeypatch, tmp_pat
         "like the driver's, got none" in error
     )
     assert "ip=127.0.0.2" in error
+
+
+@pytest.mark.parametrize(
+    "is_failed, error", [(True, RuntimeError), (False, IndexError)]
+)
+def test_a_call_cut_by_the_shutdown_says_that_a_worker_died(
+    monkeypatch, is_failed, error
+):
+    def cut(self, *args, **kwargs):
+        raise IndexError
+
+    monkeypatch.setattr(RayExecutorV2, "collective_rpc", cut)
+    executor = CpuRayExecutor.__new__(CpuRayExecutor)
+    executor.is_failed = is_failed
+    with pytest.raises(error, match="a Ray worker died" if is_failed else ""):
+        executor.collective_rpc("execute_model")
 
 
 @pytest.fixture(scope="module")

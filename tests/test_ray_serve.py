@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import copy
 import json
-import socket
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from ray import serve
 
 from scripts.serve_ray import deploy, read_config
 from tests.ray_nodes import INIT, SETTINGS
+from tests.server import free_port, post
 
 CONFIG = Path(__file__).parents[1] / "scripts" / "serve_ray.yaml"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -24,11 +23,11 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 @pytest.fixture(scope="module")
 def config(model_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = read_config(CONFIG, model_path)
-    config["http_options"]["port"] = port
+    config["http_options"]["port"] = free_port()
+    (application,) = config["applications"]
+    (llm,) = application["args"]["llm_configs"]
+    llm["model_loading_config"]["model_id"] = "model"  # what tests.server asks for
     return config
 
 
@@ -83,18 +82,10 @@ def test_a_dead_replica_gives_an_error_event_once_the_stream_runs(
         assert "send the request again" in error["message"]
 
 
-def post(url: str, path: str, **body):
-    request = urllib.request.Request(
-        url + path,
-        json.dumps({"model": "smollm2", "temperature": 0, **body}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(request, timeout=120)
-
-
 def chat(url: str) -> str:
-    reply = post(url, "/chat/completions", messages=[QUESTION], max_tokens=24)
+    reply = post(
+        url, "/chat/completions", messages=[QUESTION], max_tokens=24, temperature=0
+    )
     return json.load(reply)["choices"][0]["message"]["content"]
 
 
@@ -118,7 +109,7 @@ def busy_replicas() -> list[str]:
 
 def running_replicas() -> int:
     """How many Serve holds for ready."""
-    deployment = serve.status().applications["llm"].deployments["LLMServer:smollm2"]
+    deployment = serve.status().applications["llm"].deployments["LLMServer:model"]
     return deployment.replica_states.get("RUNNING", 0)
 
 
@@ -149,6 +140,7 @@ def test_completions_with_logprobs(url):
         "/completions",
         prompt="The capital of France is",
         max_tokens=4,
+        temperature=0,
         logprobs=2,
     )
     choice = json.load(reply)["choices"][0]
@@ -162,7 +154,12 @@ def test_completions_with_logprobs(url):
 def test_streaming(url):
     whole = chat(url)
     events = post(
-        url, "/chat/completions", messages=[QUESTION], max_tokens=24, stream=True
+        url,
+        "/chat/completions",
+        messages=[QUESTION],
+        max_tokens=24,
+        temperature=0,
+        stream=True,
     )
     chunks = [line[6:].strip() for line in events if line.startswith(b"data: ")]
     assert chunks.pop() == b"[DONE]"
