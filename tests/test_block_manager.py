@@ -8,7 +8,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from tests.block_managers import make_manager
+from tests.block_managers import make_manager, sink_spec
 from vllm_sink.layout import RetentionPolicy, cdiv
 
 
@@ -74,3 +74,8 @@ def test_sinks_outlive_their_tails_in_the_cache():
         ]
         assert cached[0] or not any(cached), "a tail without its sink"
         pool.free_blocks(taken)
+
+
+def test_runner_v2_nulls_no_entry_of_the_block_table():
+    """vLLM 0.33's V2 nulls entries below the window unless this is 0: the sinks'."""
+    assert sink_spec(RetentionPolicy(4, 20), 16).num_retained_tokens == 0

@@ -59,6 +59,18 @@ class SinkSpec(SlidingWindowSpec):
             self.num_sink_tokens, self.sliding_window + self.extra_retained_tokens
         )
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """None: vLLM 0.33 would null the sinks' entries of the block table.
+
+        Its model runner V2 (the default on CUDA) points every entry below
+        ``num_computed_tokens - num_retained_tokens`` at the null block, block 0,
+        because a sliding window never reads a skipped head. Here the head is the
+        sinks. 0 switches that off; our kernels never read the gap's entries, so
+        stale ids there do no harm. vLLM 0.32 does not have the property.
+        """
+        return 0
+
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
