@@ -5,9 +5,14 @@ called ``kernels`` would shadow the Hugging Face package of that name, which
 transformers imports.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+PACKAGES = [
+    *find_packages(include=["vllm_sink", "vllm_sink.*"]),
+    *find_packages("kernels"),
+]
 
 setup(
-    packages=["vllm_sink", "vllm_sink_kernels"],
+    packages=PACKAGES,
     package_dir={"vllm_sink_kernels": "kernels/vllm_sink_kernels"},
 )

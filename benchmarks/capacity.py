@@ -36,9 +36,9 @@ def concurrency(engine: str, context: int) -> int:
     )
     from vllm.v1.request import Request
 
-    from vllm_sink import compat
-    from vllm_sink.config import SinkConfig
-    from vllm_sink.kv_cache_spec import SinkSpec
+    from vllm_sink.cache.spec import SinkSpec
+    from vllm_sink.engine import compat
+    from vllm_sink.policy.config import SinkConfig
 
     compat.register_kv_cache_spec()
     spec = FullAttentionSpec(

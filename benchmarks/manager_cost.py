@@ -30,8 +30,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_sink import compat, metrics
-from vllm_sink.kv_cache_spec import SinkSpec
+from vllm_sink.cache import metrics
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.engine import compat
 
 BLOCK_SIZE = 16
 CHUNK = 8192  # prefill, tokens a step

@@ -102,7 +102,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
     """(c) attention to the first token by layer and head; no BOS is added."""
     import torch
 
-    from vllm_sink import analyze
+    from vllm_sink.tools import analyze
 
     model, _ = analyze.load(args.model)
     tokens = read_tokens(args.model, args.text, args.tokens)
@@ -130,8 +130,8 @@ def mixing(args: argparse.Namespace) -> list[dict]:
     """
     import torch
 
-    from vllm_sink import analyze
-    from vllm_sink.layout import RetentionPolicy
+    from vllm_sink.policy.layout import RetentionPolicy
+    from vllm_sink.tools import analyze
 
     model, _ = analyze.load(args.model)
     tokens = read_tokens(args.model, args.text, args.tokens * NUM_CHANGES)

@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from vllm_sink_kernels import reference  # noqa: E402
-from vllm_sink_kernels.cache_write import write_kv_cache  # noqa: E402
-from vllm_sink_kernels.decode import sink_decode, workspace_shape  # noqa: E402
-from vllm_sink_kernels.prefill import sink_prefill  # noqa: E402
+from vllm_sink_kernels.triton.cache_write import write_kv_cache  # noqa: E402
+from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape  # noqa: E402
+from vllm_sink_kernels.triton.prefill import sink_prefill  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -26,7 +26,7 @@ part "tests" env OMP_NUM_THREADS="$(nproc)" "$PYTHON" -m pytest tests --ignore=t
 part "vLLM $VLLM_NEXT, Python part" fetch_next_vllm
 part "manager, vLLM $VLLM_NEXT" env PYTHONPATH="$NEXT_VLLM" \
     VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest \
-    tests/test_block_manager.py tests/test_block_manager_machine.py
+    tests/cache/test_block_manager.py tests/cache/test_block_manager_machine.py
 # Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
 if [[ -d tests/kernels ]]; then
     part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels

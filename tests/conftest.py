@@ -25,7 +25,7 @@ def model_path() -> str:
 
 @pytest.fixture(scope="session")
 def reference(model_path):
-    from tests.dense_reference import DenseReference
+    from tests.helpers.dense_reference import DenseReference
 
     return DenseReference(model_path)
 

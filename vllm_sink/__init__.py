@@ -17,13 +17,15 @@ __all__ = ["platform_plugin", "register"]
 
 def register() -> None:
     """Make ``--attention-backend sink`` known to this process; idempotent."""
-    from vllm_sink import compat, metrics, rope
+    from vllm_sink.attention import rotation
+    from vllm_sink.cache import metrics
+    from vllm_sink.engine import compat
 
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
     compat.register_variable(metrics.FOLDER_VARIABLE)
-    rope.record_parents()
+    rotation.record_parents()
     metrics.register_collector()
 
 
@@ -33,6 +35,6 @@ def platform_plugin() -> str | None:
     ``None`` (no change) everywhere but on vLLM's CPU platform: CUDA and ROCm
     ask the selected backend themselves.
     """
-    from vllm_sink import compat
+    from vllm_sink.engine import compat
 
     return compat.cpu_platform_path()

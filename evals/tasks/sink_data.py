@@ -209,7 +209,7 @@ def check_lengths(
             "--metadata"
         )
     if str(settings.get("attention_backend", "")).upper() == "SINK":
-        from vllm_sink.config import SinkConfig
+        from vllm_sink.policy.config import SinkConfig
 
         policy = SinkConfig.from_additional_config(
             settings.get("additional_config")

@@ -7,12 +7,12 @@ from batches import NAN, STALE_ID, Batch, make_batch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_sink import base
-from vllm_sink.config import SinkConfig
-from vllm_sink.gpu_impl import SinkGpuImpl
-from vllm_sink.gpu_metadata import SinkGpuMetadataBuilder
-from vllm_sink.kv_cache_spec import SinkSpec
-from vllm_sink.rope import Rotation
+from vllm_sink.attention import base
+from vllm_sink.attention.gpu import SinkGpuImpl
+from vllm_sink.attention.gpu_plan import SinkGpuMetadataBuilder
+from vllm_sink.attention.rotation import Rotation
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.policy.config import SinkConfig
 
 SINKS, WINDOW = 4, 28
 MAX_LEN = 256

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.random_llama import save_llama
+from tests.helpers.random_llama import save_llama
 
 SINKS, WINDOW = 4, 20
 MAX_TOKENS = 8
@@ -34,7 +34,7 @@ def serve(model, prompts, *, interpreted, positions="cache", **kwargs):
     """Generated tokens, and log-probabilities of prompt and generated tokens."""
     from vllm import SamplingParams
 
-    from tests.engine import sink_engine
+    from tests.helpers.engine import sink_engine
 
     section = {
         "num_sink_tokens": SINKS,
@@ -85,17 +85,17 @@ def cpu_path(model, prompts):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Which of the launchers ran, in order."""
-    from vllm_sink import gpu_impl
+    from vllm_sink.attention import gpu
 
     called: list[str] = []
     for name in ("sink_decode", "sink_prefill", "write_kv_cache"):
-        launcher = getattr(gpu_impl, name)
+        launcher = getattr(gpu, name)
 
         def record(*args, name=name, launcher=launcher, **kwargs):
             called.append(name)
             return launcher(*args, **kwargs)
 
-        monkeypatch.setattr(gpu_impl, name, record)
+        monkeypatch.setattr(gpu, name, record)
     return called
 
 
@@ -113,7 +113,7 @@ def test_tokens_and_logprobs_of_the_cpu_path(
 
 @pytest.mark.parametrize("ignored", ["turn", "mask"])
 def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignored):
-    from vllm_sink import gpu_impl
+    from vllm_sink.attention import gpu
 
     # Without a turn to begin with, nothing but the mask changes.
     positions = "cache" if ignored == "turn" else "absolute"
@@ -121,7 +121,7 @@ def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignore
     if ignored == "mask":
         want = serve(model, prompts[:1], interpreted=False, positions=positions)[1]
     for name in ("sink_decode", "sink_prefill"):
-        launcher = getattr(gpu_impl, name)
+        launcher = getattr(gpu, name)
 
         def ignore(*args, launcher=launcher, **kwargs):
             if ignored == "turn":
@@ -130,7 +130,7 @@ def test_ignoring_the_policy_shows(model, prompts, cpu_path, monkeypatch, ignore
                 kwargs["window_size"] += 4  # all of them in blocks that still live
             return launcher(*args, **kwargs)
 
-        monkeypatch.setattr(gpu_impl, name, ignore)
+        monkeypatch.setattr(gpu, name, ignore)
     _, logprobs = serve(
         model, prompts[:1], interpreted=True, positions=positions, block_size=16
     )

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from vllm_sink_kernels import reference
-from vllm_sink_kernels.decode import sink_decode, workspace_shape
-from vllm_sink_kernels.launch_config import LaunchConfig
-from vllm_sink_kernels.prefill import sink_prefill
+from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
+from vllm_sink_kernels.triton.launch_config import LaunchConfig
+from vllm_sink_kernels.triton.prefill import sink_prefill
 
 NAN = float("nan")
 STALE_ID = 2**31 - 1  # far outside every cache

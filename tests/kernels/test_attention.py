@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import STALE_ID, assert_close, make_batch
-from vllm_sink_kernels.launch_config import LaunchConfig
+from vllm_sink_kernels.triton.launch_config import LaunchConfig
 
 SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)
 GROUPS = [(4, 4), (8, 2), (5, 1), (9, 3)]
@@ -147,7 +147,7 @@ def test_padded_batch_leaves_no_trace():
     torch.testing.assert_close(out[:4], want, rtol=1e-4, atol=1e-5)
     assert out[4:].isnan().all(), "prefill writes to the queries of requests only"
 
-    from vllm_sink_kernels.decode import sink_decode
+    from vllm_sink_kernels.triton.decode import sink_decode
 
     position = torch.cat([batch.positions(), torch.tensor([-1, -1])]).int()
     request = torch.cat([batch.requests() * 2, torch.tensor([STALE_ID, -7])]).int()

@@ -6,7 +6,7 @@ ties up and loses the carry into the exponent. Here values are exact in e4m3.
 
 import pytest
 import torch
-from vllm_sink_kernels.cache_write import write_kv_cache
+from vllm_sink_kernels.triton.cache_write import write_kv_cache
 
 
 def views(layout, num_blocks, block_size, heads, d, dtype):

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from batches import make_batch
-from vllm_sink_kernels import cache_write, decode, launch_config, prefill
-from vllm_sink_kernels.launch_config import Row
+from vllm_sink_kernels.triton import cache_write, decode, launch_config, prefill
+from vllm_sink_kernels.triton.launch_config import Row
 
 BAD = [
     ({"window_size": 0}, "window_size must be >= 1, got 0; "),

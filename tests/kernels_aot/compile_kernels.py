@@ -21,8 +21,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_sink_kernels import decode, launch_config, prefill
-from vllm_sink_kernels.arguments import Variant
+from vllm_sink_kernels.triton import decode, launch_config, prefill
+from vllm_sink_kernels.triton.arguments import Variant
 
 # target -> (Triton's target, shared memory of a block in bytes, and of a core,
 # registers of a core in 32-bit words, warps of a core)

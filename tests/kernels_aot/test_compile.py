@@ -13,7 +13,7 @@ import pytest
 import triton
 from compile_kernels import TARGETS, Case, compile_case, problems, shipped_cases
 from triton.compiler import ASTSource
-from vllm_sink_kernels import cache_write, decode
+from vllm_sink_kernels.triton import cache_write, decode
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/kernel_resources.csv"

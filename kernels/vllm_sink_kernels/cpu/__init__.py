@@ -1,0 +1,1 @@
+"""The CPU's loops, compiled by Numba; compared with the reference too."""

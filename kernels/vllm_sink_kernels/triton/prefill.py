@@ -1,0 +1,372 @@
+"""Prefill: chunks, whole prompts and mixed batches in one launch.
+
+A program takes a tile of consecutive queries of one request, all heads of one KV
+head's group, and walks what any of them retains::
+
+    keys    0 .. S-1 |     gap      | first row's window .. last row's position
+    tiles   [in][edge]               [edge][in][in][in][in][edge]
+             turned q                 plain q
+
+``in`` tiles are seen whole by every row and run without a mask.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sink_kernels.triton import launch_config
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Variant
+from vllm_sink_kernels.triton.checks import (
+    check_device,
+    require,
+    require_dtype,
+    require_shape,
+)
+from vllm_sink_kernels.triton.launch_config import LaunchConfig
+from vllm_sink_kernels.triton.primitives import (
+    LOG2E,
+    NO_MASK,
+    SINK_MASK,
+    WINDOW_MASK,
+    attend_range,
+    find_request,
+    load_scale,
+    turn_query,
+)
+
+
+# One binary for every batch: the number of requests and where the slices of a mixed
+# batch start must not select code, or serving would stop to compile.
+@triton.jit(
+    do_not_specialize=["num_requests"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "query_start_ptr",
+        "seq_lens_ptr",
+    ],
+)
+def sink_prefill_kernel(
+    q_ptr,  # [T, HQ, D]
+    k_ptr,  # [B, N, HKV, D]
+    v_ptr,
+    block_table_ptr,  # int32 [R, max_blocks]
+    query_start_ptr,  # int32 [R + 1]
+    seq_lens_ptr,  # int32 [R]
+    cs_ptr,  # [P, ROT]
+    sink_logits_ptr,  # [HQ]
+    out_ptr,  # [T, HQ, D]
+    k_scale,
+    v_scale,
+    scale,
+    soft_cap,
+    num_requests,
+    num_sink_tokens,
+    window_size,
+    num_cs_rows,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_table,
+    stride_cs,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROT: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    TURN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SINK_LOGITS: tl.constexpr,
+    K_SCALE_TENSOR: tl.constexpr,
+    V_SCALE_TENSOR: tl.constexpr,
+    TILE_Q: tl.constexpr,  # query tokens a tile
+    BLOCK_M: tl.constexpr,  # its rows, at least TILE_Q * GROUP
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_tile = tl.program_id(0)
+    i_h = tl.program_id(1)
+    i_r = find_request(query_start_ptr, num_requests, i_tile, TILE_Q)
+    i_start = tl.load(query_start_ptr + i_r)
+    query_len = tl.load(query_start_ptr + i_r + 1) - i_start
+    i_first = (i_tile - (i_start // TILE_Q + i_r)) * TILE_Q
+    if i_first >= query_len:
+        return
+    o_m = tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    o_q = i_first + o_m // GROUP  # query of the row, within the request
+    o_h = i_h * GROUP + o_m % GROUP
+    m_m = (o_m < TILE_Q * GROUP) & (o_q < query_len)
+    m_md = m_m[:, None] & (o_d < HEAD_SIZE)[None, :]
+    num_computed = tl.load(seq_lens_ptr + i_r) - query_len
+    b_pos = num_computed + o_q
+    first = num_computed + i_first
+    last = num_computed + tl.minimum(i_first + TILE_Q, query_len) - 1
+
+    o_t = (i_start + o_q).to(tl.int64)
+    p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
+    p_table = block_table_ptr + tl.cast(i_r, tl.int64) * stride_table
+    p_k = k_ptr + i_h.to(tl.int64) * stride_kh
+    p_v = v_ptr + i_h.to(tl.int64) * stride_vh
+    score_scale = scale * load_scale(k_scale, K_SCALE_TENSOR)
+    if not SOFT_CAP:
+        score_scale = score_scale * LOG2E
+
+    p_bq = p_q[:, None] + o_d[None, :]
+    b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_last")
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    if SINK_LOGITS:  # a key without a value
+        b_max = tl.load(sink_logits_ptr + o_h, mask=m_m, other=0.0)
+        b_max = b_max.to(tl.float32) * LOG2E
+        b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    else:
+        b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    if HAS_SINKS:
+        if TURN:
+            # Without a branch around it: a tile that comes out of one is kept in
+            # registers, in a layout of its own, and spills. Rows that do not turn
+            # load nothing.
+            b_q = turn_query(
+                b_q.to(tl.float32),
+                p_q,
+                b_pos,
+                m_m,
+                num_sink_tokens + window_size,
+                cs_ptr,
+                stride_cs,
+                num_cs_rows,
+                ROT,
+                IS_NEOX,
+                BLOCK_D,
+            ).to(b_q.dtype)
+        k_end = tl.minimum(num_sink_tokens, last + 1)
+        inner_end = tl.minimum(num_sink_tokens, first + 1) // BLOCK_N * BLOCK_N
+        b_acc, b_max, b_sum = attend_range(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            0,
+            inner_end,
+            k_end,
+            b_pos,
+            window_size,
+            p_table,
+            p_k,
+            p_v,
+            stride_kb,
+            stride_kn,
+            stride_vb,
+            stride_vn,
+            score_scale,
+            soft_cap,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_SIZE,
+            SOFT_CAP,
+            NO_MASK,
+        )
+        b_acc, b_max, b_sum = attend_range(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            inner_end,
+            k_end,
+            k_end,
+            b_pos,
+            window_size,
+            p_table,
+            p_k,
+            p_v,
+            stride_kb,
+            stride_kn,
+            stride_vb,
+            stride_vn,
+            score_scale,
+            soft_cap,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_SIZE,
+            SOFT_CAP,
+            SINK_MASK,
+        )
+
+        if TURN:
+            # Read again rather than kept: two queries at once spill. The policies
+            # differ so that the compiler does not make one load of them.
+            b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_first")
+
+    # The window: an edge where it starts row by row, the inside, the diagonal.
+    i_low = tl.maximum(num_sink_tokens, first - window_size + 1)
+    i_seen_by_last = tl.maximum(num_sink_tokens, last - window_size + 1)
+    inner_start = i_low + tl.cdiv(i_seen_by_last - i_low, BLOCK_N) * BLOCK_N
+    inner_tiles = tl.maximum(first + 1 - inner_start, 0) // BLOCK_N
+    inner_end = inner_start + inner_tiles * BLOCK_N
+    for i_edge in tl.static_range(2):
+        if i_edge == 1:
+            b_acc, b_max, b_sum = attend_range(
+                b_q,
+                b_acc,
+                b_max,
+                b_sum,
+                inner_start,
+                inner_end,
+                last + 1,
+                b_pos,
+                window_size,
+                p_table,
+                p_k,
+                p_v,
+                stride_kb,
+                stride_kn,
+                stride_vb,
+                stride_vn,
+                score_scale,
+                soft_cap,
+                HEAD_SIZE,
+                BLOCK_D,
+                BLOCK_N,
+                BLOCK_SIZE,
+                SOFT_CAP,
+                NO_MASK,
+            )
+        b_acc, b_max, b_sum = attend_range(
+            b_q,
+            b_acc,
+            b_max,
+            b_sum,
+            i_low if i_edge == 0 else inner_end,
+            tl.minimum(inner_start, last + 1) if i_edge == 0 else last + 1,
+            last + 1,
+            b_pos,
+            window_size,
+            p_table,
+            p_k,
+            p_v,
+            stride_kb,
+            stride_kn,
+            stride_vb,
+            stride_vn,
+            score_scale,
+            soft_cap,
+            HEAD_SIZE,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_SIZE,
+            SOFT_CAP,
+            WINDOW_MASK,
+        )
+
+    b_inv = load_scale(v_scale, V_SCALE_TENSOR) / tl.where(b_sum == 0.0, 1.0, b_sum)
+    p_o = out_ptr + o_t * stride_ot + o_h * stride_oh
+    b_o = (b_acc * b_inv[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(p_o[:, None] + o_d[None, :], b_o, mask=m_md)
+
+
+def kernel_constants(variant: Variant, config: LaunchConfig) -> dict[str, Any]:
+    """The compile-time arguments of ``sink_prefill_kernel``."""
+    block_m = max(config.block_m, int(triton.next_power_of_2(variant.group)))
+    return {
+        **variant.constants(config),
+        "TILE_Q": block_m // variant.group,
+        "BLOCK_M": block_m,
+    }
+
+
+def sink_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_query_len: int,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    num_sink_tokens: int,
+    window_size: int,
+    cos_sin_cache: torch.Tensor | None = None,
+    is_neox: bool = True,
+    soft_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """Attention of the queries of R requests, each of any length, into ``out``.
+
+    Args:
+        q, k_cache, v_cache, block_table and the keywords: as for
+            ``reference.sink_attention``. The scales may be tensors of one element.
+            Every position must have its row in ``cos_sin_cache``: one past the
+            table gives NaN. K and V of this step are in the cache already.
+        query_start_loc: int32 [R + 1], not decreasing; equal neighbours are empty
+            requests, such as padding at the end of a batch.
+        seq_lens: int32 [R], not read for empty requests' sake.
+        max_query_len: the longest request's queries, or more; the host's number.
+        out: [T, HQ, D], written in place and returned. Tokens from
+            ``query_start_loc[R]`` on belong to nobody and stay as they are.
+        config: tiles; the table's by default.
+    """
+    args = AttentionArgs(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_table=block_table,
+        out=out,
+        scale=scale,
+        num_sink_tokens=num_sink_tokens,
+        window_size=window_size,
+        cos_sin_cache=cos_sin_cache,
+        is_neox=is_neox,
+        soft_cap=soft_cap,
+        sink_logits=sink_logits,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    num_requests = block_table.shape[0]
+    require_shape("query_start_loc", query_start_loc, "[R + 1]", num_requests + 1)
+    require_shape("seq_lens", seq_lens, "[R]", num_requests)
+    for name, x in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens)):
+        require_dtype(name, x, torch.int32)
+        require(x.is_contiguous(), name, "contiguous", list(x.stride()), "copy it")
+    require(
+        max_query_len >= 0,
+        "max_query_len",
+        ">= 0",
+        max_query_len,
+        "pass the longest query",
+    )
+    check_device(q, query_start_loc=query_start_loc, seq_lens=seq_lens)
+    num_tokens = q.shape[0]
+    if num_tokens == 0 or num_requests == 0 or max_query_len == 0:
+        return out
+    config = config or args.config(launch_config.PREFILL)
+    constants = kernel_constants(args.variant(), config)
+    # Each request may leave one tile part empty: the bound needs no device read.
+    tiles = num_tokens // constants["TILE_Q"] + num_requests
+    sink_prefill_kernel[(tiles, k_cache.shape[2])](
+        query_start_ptr=query_start_loc,
+        seq_lens_ptr=seq_lens,
+        num_requests=num_requests,
+        **args.runtime(sink_prefill_kernel),
+        **constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

@@ -1,0 +1,220 @@
+"""The CPU path's plan and tiles against the kernels' reference."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from vllm_sink_kernels import reference
+from vllm_sink_kernels.cpu import attention, decode, write
+
+from vllm_sink.attention.rotation import Rotation
+
+SIZE, DIM = 16, 32
+
+
+def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
+    """Permuted blocks; NaN wherever no query of the step may look."""
+    torch.manual_seed(seed)
+    sinks, window = policy
+    width = max(-(-seq_len // SIZE) for _, seq_len in lengths)
+    num_blocks = 1 + width * len(lengths)
+    order = (torch.randperm(num_blocks - 1) + 1).tolist()
+    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, DIM), float("nan"))
+    # Stale ids, out of range, wherever a row isn't filled in below.
+    table = torch.full((len(lengths), width), num_blocks + 7, dtype=torch.int32)
+    starts = [0]
+    for row, (num_queries, seq_len) in enumerate(lengths):
+        first = seq_len - num_queries
+        starts.append(starts[-1] + num_queries)
+        for block in range(-(-seq_len // SIZE)):
+            seen = [
+                k
+                for k in range(block * SIZE, min((block + 1) * SIZE, seq_len))
+                if k < sinks or k > first - window
+            ]
+            if seen:
+                table[row, block] = block_id = order.pop()
+                slots = torch.tensor(seen) % SIZE
+                for offset in (0, SIZE):
+                    shape = (kv_heads, len(seen), DIM)
+                    pages[block_id, :, slots + offset] = torch.randn(shape)
+    q = torch.randn(starts[-1], heads, DIM)
+    return q, pages, table, starts, [seq_len for _, seq_len in lengths]
+
+
+def table_rows(rotary_dim: int) -> torch.Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angle = torch.arange(400)[:, None] * frequency
+    return 1.2 * torch.cat([angle.cos(), angle.sin()], dim=1)  # YaRN's magnitude
+
+
+@pytest.mark.parametrize("policy", [(4, 60), (0, 33), (1, 1), (20, 13), (40, 400)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (5, 1), (9, 3)])
+@pytest.mark.parametrize(
+    "rotary, soft_cap, with_logits",
+    [(None, 0.0, False), ((32, True), 0.0, True), ((16, False), 8.0, False)],
+)
+@pytest.mark.parametrize("decode_queries", [0, 8, 1000])
+def test_attend_equals_reference(
+    policy, heads, kv_heads, rotary, soft_cap, with_logits, decode_queries
+):
+    lengths = [(1, 1), (1, 130), (3, 3), (150, 300), (17, 81), (1, 64), (2, 65)]
+    q, pages, table, starts, seq_lens = make_batch(heads, kv_heads, lengths, policy)
+    sinks, window = policy
+    logits = torch.randn(heads) if with_logits else None
+    turn, rows, is_neox = None, None, True
+    if rotary is not None:
+        rotary_dim, is_neox = rotary
+        rows = table_rows(rotary_dim)
+        positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
+        turn = (*Rotation(rows, is_neox).turn(positions, sinks + window), is_neox)
+    tiles = attention.plan(
+        table,
+        starts,
+        seq_lens,
+        num_sink_tokens=sinks,
+        window_size=window,
+        block_size=SIZE,
+        tile_queries=64,
+        decode_queries=decode_queries,
+    )
+    out = torch.full_like(q, float("nan"))
+    scale = DIM**-0.5
+    common = dict(scale=scale, soft_cap=soft_cap, sink_logits=logits)
+    attention.attend(q, pages, tiles, out, turn=turn, **common)
+    want = reference.sink_attention(
+        q,
+        pages[:, :, :SIZE].transpose(1, 2),
+        pages[:, :, SIZE:].transpose(1, 2),
+        table,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(seq_lens, dtype=torch.int32),
+        num_sink_tokens=sinks,
+        window_size=window,
+        cos_sin_cache=rows,
+        is_neox=is_neox,
+        **common,
+    )
+    assert torch.allclose(out, want, atol=2e-5)
+
+
+def test_work_does_not_grow_with_the_stream():
+    """The plan of one decoded token gathers the same at 1,000 and 1,000,000."""
+    work = []
+    for seq_len in (1000, 1_000_000):
+        table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
+        kwargs = dict(num_sink_tokens=4, window_size=60, block_size=SIZE)
+        token = attention.plan(table, [0, 1], [seq_len], **kwargs).decode
+        (chunk,) = attention.plan(table, [0, 100], [seq_len], **kwargs).chunks
+        work.append((token.max_keys, len(token.rows), len(chunk.blocks)))
+        assert len(chunk.blocks) <= -(-(59 + 100) // SIZE) + 1
+    assert work[0][:2] == work[1][:2] == (64, 1)
+
+
+def test_write_kv_places_tokens():
+    pages = torch.zeros(3, 2, 2 * SIZE, DIM)
+    key, value = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM)
+    write.write_kv(key, value, pages, torch.tensor([2 * SIZE + 5, SIZE, -1]))
+    for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
+        assert torch.equal(pages[block, :, slot], key[token])
+        assert torch.equal(pages[block, :, slot + SIZE], value[token])
+    assert int((pages != 0).sum()) == 2 * 2 * 2 * DIM
+
+
+def test_every_case_of_a_tile_edge():
+    """One query at every position equals the whole prefill at once."""
+    policy = (3, 5)
+    q, pages, table, starts, seq_lens = make_batch(2, 1, [(40, 40)], policy)
+    kwargs = dict(num_sink_tokens=3, window_size=5, block_size=SIZE)
+    whole = torch.empty_like(q)
+    attention.attend(
+        q, pages, attention.plan(table, starts, seq_lens, **kwargs), whole, scale=1.0
+    )
+    for size, position in itertools.product((1, 7), range(0, 35, 3)):
+        part = torch.empty(size, 2, DIM)
+        tiles = attention.plan(table, [0, size], [position + size], **kwargs)
+        attention.attend(q[position : position + size], pages, tiles, part, scale=1.0)
+        assert torch.allclose(part, whole[position : position + size], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decode_queries", [0, 1000])
+def test_16_bit_caches(dtype, decode_queries):
+    """As exact as the reference is on the same rounded inputs, and rounded once."""
+    policy = (4, 60)
+    lengths = [(1, 130), (3, 3), (40, 81)]
+    q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy)
+    q, pages = q.to(dtype), pages.to(dtype)
+    plan = attention.plan(
+        table,
+        starts,
+        seq_lens,
+        num_sink_tokens=4,
+        window_size=60,
+        block_size=SIZE,
+        decode_queries=decode_queries,
+    )
+    out = torch.full_like(q, float("nan"))
+    attention.attend(q, pages, plan, out, scale=0.2)
+    want = reference.sink_attention(
+        q.float(),
+        pages[:, :, :SIZE].transpose(1, 2).float(),
+        pages[:, :, SIZE:].transpose(1, 2).float(),
+        table,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(seq_lens, dtype=torch.int32),
+        num_sink_tokens=4,
+        window_size=60,
+        scale=0.2,
+    )
+    rounding = torch.finfo(dtype).eps * want.abs() / 2
+    assert ((out.float() - want).abs() <= rounding + 2e-5).all()
+
+
+def test_any_number_of_threads_gives_the_same():
+    """Which thread takes which split changes no bit of the result."""
+    q, pages, table, starts, seq_lens = make_batch(8, 2, [(3, 390)] * 4, (4, 380))
+    kwargs = dict(num_sink_tokens=4, window_size=380, block_size=SIZE)
+    num_floats = 2 * len(q) * 384 * 2 * DIM
+    assert num_floats > decode.SERIAL_FLOATS, "one thread is used anyway"
+    num_threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            plan = attention.plan(table, starts, seq_lens, **kwargs)
+            for _ in range(20):  # again on the counters that the last run left
+                out = torch.full_like(q, float("nan"))
+                attention.attend(q, pages, plan, out, scale=0.3)
+                results.append(out)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert results[0].isfinite().all()
+    for out in results:
+        assert torch.equal(out, results[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loops_run_in_torchs_own_threads():
+    """No second pool: the seam that ``native`` describes has not moved."""
+    code = """
+import os, torch
+from vllm_sink_kernels.cpu import native, write
+loop = write.loop(torch.float32)  # the compiler has a thread, too
+torch.set_num_threads(4)
+torch.randn(1000, 1000).exp()  # starts torch's threads
+before = set(os.listdir("/proc/self/task"))
+assert native._parallel() is not None
+pages = torch.zeros(1, 1, 32, 8)
+slots = torch.zeros(100_000, dtype=torch.int64)
+key = torch.randn(100_000, 1, 8)
+job = write._job(key, key, pages, slots)
+for _ in range(10):
+    native.run(loop, job, 4)
+after = set(os.listdir("/proc/self/task"))
+assert len(before) >= 4 and after == before, (before, after)
+assert job.next_item == 100_000 + 4, job.next_item  # every thread came
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

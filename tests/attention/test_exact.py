@@ -1,0 +1,321 @@
+"""The real model under the policy equals the dense-mask reference."""
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm_sink_kernels.cpu import attention
+
+from tests.helpers.engine import (
+    manager,
+    model_runner,
+    prompt_logprobs,
+    run_steps,
+    sink_engine,
+)
+from vllm_sink.attention.rotation import Rotation
+from vllm_sink.cache.block_manager import SinkManager
+from vllm_sink.policy.layout import RetentionPolicy, cdiv
+
+TOLERANCE = 2e-3  # log-probability, float32 (the issue's bound)
+
+
+@pytest.mark.parametrize(
+    "sinks, window, block_size, chunk, positions",
+    [
+        (4, 60, 32, 64, "cache"),
+        (4, 60, 128, 2048, "cache"),
+        (4, 60, 128, 64, "absolute"),
+        (16, 112, 128, 64, "cache"),
+        (16, 112, 32, 2048, "absolute"),
+        (1, 1, 32, 64, "cache"),
+        (1, 1, 128, 2048, "cache"),
+        (0, 64, 32, 2048, "cache"),
+        (130, 126, 32, 64, "cache"),
+        (130, 126, 128, 2048, "cache"),
+    ],
+)
+def test_logprobs_equal_reference(
+    model_path, reference, prose, sinks, window, block_size, chunk, positions
+):
+    """Mixed lengths at once, in chunks, over blocks: one answer."""
+    prompts = [prose[:700], prose[5000:5257], prose[9000:9003], prose[20000:20129]]
+    with sink_engine(
+        model_path,
+        sinks,
+        window,
+        positions=positions,
+        block_size=block_size,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=4,
+        max_model_len=1024,
+    ) as llm:
+        measured = prompt_logprobs(llm, prompts)
+    for tokens, got in zip(prompts, measured, strict=True):
+        want = reference.logprobs(tokens, sinks, window, positions)
+        assert (got - want).abs().max() < TOLERANCE
+    dense = reference.logprobs(prompts[0], 0, 4096)
+    assert (measured[0] - dense).abs().max() > 0.1, "the policy must be visible"
+
+
+def test_generated_tokens_are_the_references_greedy_choice(
+    model_path, reference, prose
+):
+    """200 tokens each of two requests that started at different lengths.
+
+    By induction: if each token is the reference's argmax after the tokens
+    before it, the sequence is the reference's greedy decoding.
+    """
+    prompts = [prose[300:500], prose[3000:3017]]
+    with sink_engine(model_path, 4, 60, max_model_len=1024) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": tokens} for tokens in prompts],
+            SamplingParams(temperature=0, max_tokens=200, ignore_eos=True),
+            use_tqdm=False,
+        )
+    for tokens, output in zip(prompts, outputs, strict=True):
+        generated = list(output.outputs[0].token_ids)
+        assert len(generated) == 200
+        logits = reference.logits(tokens + generated, 4, 60)
+        choice = logits[len(tokens) - 1 : -1].argmax(-1).tolist()
+        assert generated == choice
+
+
+def test_budget_above_length_is_full_attention(model_path, prose):
+    """S + W >= max_model_len reproduces stock CPU attention."""
+    prompts = [prose[:600], prose[1000:1100]]
+    with sink_engine(model_path, max_model_len=1024) as llm:
+        stock = prompt_logprobs(llm, prompts)
+    with sink_engine(model_path, 4, 1020, max_model_len=1024) as llm:
+        sink = prompt_logprobs(llm, prompts)
+    for want, got in zip(stock, sink, strict=True):
+        assert (got - want).abs().max() < TOLERANCE
+
+
+def test_bfloat16_follows_float32(model_path, reference, prose):
+    """bf16 rounds; the policy stays the same (mean error far below its effect)."""
+    tokens = prose[:400]
+    with sink_engine(model_path, 4, 60, max_model_len=512) as llm:
+        exact = prompt_logprobs(llm, [tokens])[0]
+        model = model_runner(llm)
+        assert model.dtype == torch.float32
+    from vllm import LLM
+
+    llm = LLM(
+        model_path,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=512,
+        attention_backend="sink",
+        additional_config={"sink": {"num_sink_tokens": 4, "window_size": 60}},
+    )
+    try:
+        rounded = prompt_logprobs(llm, [tokens])[0]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    dense = reference.logprobs(tokens, 0, 4096)
+    error = (rounded - exact).abs().mean()
+    assert error < 0.25 * (dense - exact).abs().mean()
+
+
+def retained_blocks(llm) -> set[int]:
+    """Ids of the blocks that DESIGN 2.4 lets the next queries read."""
+    blocks = manager(llm)
+    policy, size = blocks.policy, blocks.block_size
+    kept = set()
+    for request in model_requests(llm):
+        n = request.num_computed_tokens
+        row = blocks.req_to_blocks[request.request_id]
+        for index, block in enumerate(row):
+            tokens = range(index * size, min((index + 1) * size, n))
+            if any(policy.sees(n, token) for token in tokens):
+                kept.add(block.block_id)
+    return kept
+
+
+def model_requests(llm):
+    return list(llm.llm_engine.engine_core.engine_core.scheduler.running)
+
+
+def test_nothing_outside_the_policy_is_read(model_path, prose):
+    """Blocks outside the retained set hold NaN after each step: no effect."""
+    prompts = [prose[:700], prose[2000:2090]]
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    settings = dict(
+        max_num_batched_tokens=64,
+        max_num_seqs=2,
+        block_size=32,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        max_model_len=1024,
+    )
+    with sink_engine(model_path, 4, 60, **settings) as llm:
+        clean = run_steps(llm, prompts, params, lambda: None)
+        poisoned_steps = 0
+
+        def poison() -> None:
+            nonlocal poisoned_steps
+            kept = retained_blocks(llm)
+            for cache in model_runner(llm).kv_caches:
+                bad = [i for i in range(cache.shape[0]) if i not in kept]
+                cache[bad] = float("nan")
+            poisoned_steps += 1
+
+        assert run_steps(llm, prompts, params, poison) == clean
+        assert poisoned_steps > 100
+
+
+def watch_bound(llm, prompts, max_batched) -> None:
+    """Run to the end; check DESIGN 2.4's bound and the sinks' ids each step."""
+    blocks = manager(llm)
+    policy, size = blocks.policy, blocks.block_size
+    bound = (
+        cdiv(policy.num_sink_tokens, size)
+        + cdiv(policy.window_size - 1 + max_batched, size)
+        + 1
+    )
+    sinks: dict[str, list[int]] = {}
+    most = 0
+
+    def check() -> None:
+        nonlocal most
+        for request in model_requests(llm):
+            row = blocks.req_to_blocks[request.request_id]
+            live = [block for block in row if not block.is_null]
+            assert len(live) <= bound, "more blocks than the policy allows"
+            most = max(most, len(row))
+            ids = [b.block_id for b in row[: policy.num_sink_blocks(size)]]
+            assert sinks.setdefault(request.request_id, ids) == ids
+            assert 0 not in ids, "a sink block was freed"
+
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    free = blocks.block_pool.get_num_free_blocks()
+    run_steps(llm, prompts, params, check)
+    assert most > bound, "the requests must outgrow the bound"
+    assert blocks.block_pool.get_num_free_blocks() == free
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_live_blocks_stay_within_the_bound(model_path, prose, prefix_caching):
+    with sink_engine(
+        model_path,
+        4,
+        60,
+        block_size=32,
+        max_num_batched_tokens=64,
+        max_num_seqs=2,
+        async_scheduling=False,
+        enable_prefix_caching=prefix_caching,
+    ) as llm:
+        watch_bound(llm, [prose[:900], prose[5000:5700]], 64)
+
+
+def test_million_token_context_starts_in_a_small_pool(model_path):
+    """Dense attention would need 7,813 blocks a request; the pool has fewer."""
+    with sink_engine(
+        model_path,
+        4,
+        1020,
+        max_model_len=1_000_000,
+        max_num_batched_tokens=1024,
+        hf_overrides={"max_position_embeddings": 1_000_000},
+    ) as llm:
+        blocks = manager(llm)
+        assert blocks.block_pool.num_gpu_blocks < 1_000_000 // blocks.block_size
+        assert blocks.max_admission_blocks_per_request == 1 + 16 + 1
+
+
+def test_prefix_hits_change_nothing(model_path, reference, prose):
+    """Three turns of a growing history: hits happen, tokens stay exact."""
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    history = prose[:600]
+    with sink_engine(model_path, 4, 60, block_size=32, max_model_len=1024) as llm:
+        for turn in range(3):
+            output = llm.generate(
+                [{"prompt_token_ids": history}], params, use_tqdm=False
+            )[0]
+            if turn:
+                # The last block before the new text is the longest hit.
+                assert output.num_cached_tokens >= len(history) - 50 - 2 * 32
+            generated = list(output.outputs[0].token_ids)
+            logits = reference.logits(history + generated, 4, 60)
+            assert generated == logits[len(history) - 1 : -1].argmax(-1).tolist()
+            history = history + generated + prose[3000 + turn : 3018 + turn]
+
+
+def test_far_past_the_trained_length(model_path, prose):
+    """16,384 tokens, twice the trained length: perplexity does not rise."""
+    tokens = prose[:16_384]
+    with sink_engine(
+        model_path,
+        4,
+        1020,
+        max_model_len=16_400,
+        hf_overrides={"max_position_embeddings": 16_400},
+        max_num_batched_tokens=2048,
+    ) as llm:
+        logprobs = prompt_logprobs(llm, [tokens])[0]
+    early = (-logprobs[4096:8192].mean()).exp()
+    late = (-logprobs[-4096:].mean()).exp()
+    print(f"perplexity: tokens 4,096-8,192 {early:.3f}, last 4,096 {late:.3f}")
+    assert abs(late / early - 1) < 0.1
+
+
+class TestDisabled:
+    """Each part of the policy, switched off, is noticed."""
+
+    def error(self, model_path, reference, tokens) -> float:
+        with sink_engine(model_path, 4, 60, max_model_len=1024) as llm:
+            got = prompt_logprobs(llm, [tokens])[0]
+        want = reference.logprobs(tokens, 4, 60)
+        return float((got - want).abs().max())
+
+    def test_mask(self, model_path, reference, prose, monkeypatch):
+        def causal_only(first, num_keys, _):
+            keys = torch.arange(num_keys)
+            hidden = keys > keys[first:].unsqueeze(1)
+            return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+
+        monkeypatch.setattr(attention, "_bias", causal_only)
+        assert self.error(model_path, reference, prose[:400]) > 10 * TOLERANCE
+
+    def test_turn(self, model_path, reference, prose, monkeypatch):
+        def no_turn(self, positions, budget):
+            shape = (len(positions), self.rotary_dim // 2)
+            return torch.ones(shape), torch.zeros(shape)
+
+        monkeypatch.setattr(Rotation, "turn", no_turn)
+        assert self.error(model_path, reference, prose[:400]) > 10 * TOLERANCE
+
+    def test_eviction(self, model_path, prose, monkeypatch):
+        monkeypatch.setattr(SinkManager, "remove_skipped_blocks", lambda *_: None)
+        with (
+            sink_engine(
+                model_path,
+                4,
+                60,
+                block_size=32,
+                max_num_batched_tokens=64,
+                max_num_seqs=2,
+                async_scheduling=False,
+            ) as llm,
+            pytest.raises(AssertionError, match="more blocks than"),
+        ):
+            watch_bound(llm, [prose[:900]], 64)
+
+    def test_sink_retention(self, model_path, prose, monkeypatch):
+        def from_the_head(self, num_tokens, block_size):
+            return 0, self.window_start(num_tokens) // block_size
+
+        monkeypatch.setattr(RetentionPolicy, "gap_blocks", from_the_head)
+        with (
+            sink_engine(
+                model_path,
+                4,
+                60,
+                block_size=32,
+                max_num_batched_tokens=64,
+                async_scheduling=False,
+            ) as llm,
+            pytest.raises(AssertionError),
+        ):
+            watch_bound(llm, [prose[:900]], 64)

@@ -1,0 +1,171 @@
+"""A Gemma-3-like model: full attention under the policy beside sliding windows."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, Gemma3ForCausalLM, Gemma3TextConfig
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.request import Request
+
+from tests.helpers import dense_reference
+from tests.helpers.block_managers import make_manager
+from tests.helpers.engine import core, prompt_logprobs, sink_engine
+from vllm_sink.policy.layout import RetentionPolicy
+
+TOLERANCE = 2e-3
+SINKS, WINDOW = 4, 60
+SLIDING = 40  # Gemma's own window, of every other layer
+BLOCK = 32
+VOCABULARY = 512
+
+
+def _hybrid_attention(module, query, key, value, mask, scaling, **kwargs):
+    """Sliding layers keep their window; the others get the dense sink mask."""
+    policy = dense_reference._policy
+    saved = dict(policy)
+    if module.is_sliding:
+        policy.update(sinks=0, window=SLIDING)
+    try:
+        return dense_reference._dense_sink_attention(
+            module, query, key, value, mask, scaling
+        )
+    finally:
+        policy.update(saved)
+
+
+AttentionInterface.register("hybrid_sink_reference", _hybrid_attention)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """(folder, reference model): random weights, saved here."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=SLIDING,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    path = tmp_path_factory.mktemp("hybrid")
+    model.save_pretrained(path)
+    model.set_attn_implementation("hybrid_sink_reference")
+    return str(path), model
+
+
+@torch.inference_mode()
+def reference_logits(model, tokens: list[int], window: int = WINDOW) -> torch.Tensor:
+    """[T, V]"""
+    theta = model.config.rope_parameters["full_attention"]["rope_theta"]
+    dense_reference._policy.update(
+        sinks=SINKS, window=window, positions="cache", theta=theta
+    )
+    return model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("retention", [0, 2 * BLOCK])
+def test_hybrid_model(hybrid, retention):
+    """Exact in every chunk; a hit spans both groups and changes nothing."""
+    path, model = hybrid
+    tokens = random_tokens(1, 500)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with sink_engine(
+        path,
+        SINKS,
+        WINDOW,
+        block_size=BLOCK,
+        max_model_len=1024,
+        max_num_batched_tokens=96,
+        skip_tokenizer_init=True,
+        prefix_cache_retention_interval=retention,
+    ) as llm:
+        managers = core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+        names = sorted(type(manager).__name__ for manager in managers)
+        assert names == ["SinkManager", "SlidingWindowManager"]
+        got = prompt_logprobs(llm, [tokens])[0]
+        chosen = torch.tensor(tokens[1:])[:, None]
+        want, dense = (
+            torch.log_softmax(logits[:-1], -1).gather(1, chosen)[:, 0]
+            for logits in (
+                reference_logits(model, tokens),
+                reference_logits(model, tokens, window=4096),
+            )
+        )
+        assert (got - want).abs().max() < TOLERANCE
+        assert (got - dense).abs().max() > 0.1, "the policy must be visible"
+        assert llm.reset_prefix_cache()
+        history, hits, last = tokens[:400], [], 0
+        for turn in range(3):
+            output = llm.generate(
+                [{"prompt_token_ids": history}], params, use_tqdm=False
+            )[0]
+            hits.append(output.num_cached_tokens)
+            generated = list(output.outputs[0].token_ids)
+            logits = reference_logits(model, history + generated)
+            choice = logits[len(history) - 1 : -1].argmax(-1).tolist()
+            assert generated == choice
+            if turn:
+                # The last prompt's end is kept; the intervals past it, too.
+                end = (last - 1) // BLOCK * BLOCK
+                assert hits[turn] >= end
+                if retention == 0:
+                    assert hits[turn] == end
+            last = len(history)
+            history = history + generated + random_tokens(10 + turn, 21)
+        print(hits)
+
+
+@pytest.mark.parametrize("retention", [None, 0, 64, 128])
+def test_retention_interval_is_the_sliding_windows_plus_sinks(retention):
+    """Cached blocks of both groups of one request: the same tails, and the sinks."""
+    policy, size, length = RetentionPolicy(20, 40), 16, 330
+    shape = dict(block_size=size, num_kv_heads=1, head_size=16, dtype=torch.float32)
+    sliding = SlidingWindowSpec(**shape, sliding_window=40)
+    manager = make_manager(
+        policy,
+        size,
+        100,
+        max_model_len=400,
+        max_in_flight_tokens=400,
+        other_specs=[sliding],
+        prefix_cache_retention_interval=retention,
+    )
+    init_none_hash(sha256)
+    request = Request(
+        "a",
+        list(range(length)),
+        SamplingParams(max_tokens=9),
+        None,
+        block_hasher=get_request_block_hasher(size, sha256),
+    )
+    assert manager.allocate_slots(request, length)
+    request.num_computed_tokens = length
+    cached = [
+        {i for i, block in enumerate(row) if block.block_hash is not None}
+        for row in manager.coordinator.get_blocks("a")
+    ]
+    sinks = {0, 1}  # ceil(20 / 16)
+    assert cached[0] == cached[1] | sinks
+    boundary = (length - 1) // size
+    assert cached[1] >= {boundary - 3, boundary - 2, boundary - 1}  # ceil(39 / 16)
+    full = set(range(length // size))
+    assert (cached[0] == full) == (retention in (None, size))
+    assert (cached[1] >= sinks) == (retention is None), "the sinks must be our doing"

@@ -1,0 +1,81 @@
+"""Single properties of the block manager; its whole life is in the state machine."""
+
+import os
+
+import vllm
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
+
+from tests.helpers.block_managers import make_manager, sink_spec
+from vllm_sink.policy.layout import RetentionPolicy, cdiv
+
+
+def test_vllm_is_the_one_that_was_asked_for():
+    """scripts/test.sh runs this file on two versions."""
+    expected = os.environ.get("VLLM_SINK_EXPECT_VLLM", vllm.__version__)
+    assert vllm.__version__.split("+")[0] == expected.split("+")[0]
+
+
+def test_gap_is_what_no_later_query_sees():
+    for sinks, window, size in [(0, 1, 1), (4, 60, 16), (5, 7, 3), (130, 126, 32)]:
+        policy = RetentionPolicy(sinks, window)
+        for n in range(0, 600, 7):
+            first, last = policy.gap_blocks(n, size)
+            unseen = [
+                block
+                for block in range(cdiv(n, size))
+                if not any(
+                    policy.sees(n, token)
+                    for token in range(block * size, min((block + 1) * size, n + 1))
+                )
+            ]
+            assert list(range(first, last)) == unseen
+
+
+def test_a_request_in_its_first_block_needs_no_second():
+    """Nothing of it is cached yet, so vLLM's usual mark of a running request is off."""
+    manager = make_manager(
+        RetentionPolicy(16, 32), 16, 2, max_model_len=64, max_in_flight_tokens=16
+    )
+    request = Request("a", [1] * 5, SamplingParams(max_tokens=9), None)
+    assert manager.allocate_slots(request, 5)
+    request.num_computed_tokens = 5
+    request.append_output_token_ids(2)
+    assert manager.block_pool.get_num_free_blocks() == 0
+    assert manager.allocate_slots(request, 1) is not None
+
+
+def test_sinks_outlive_their_tails_in_the_cache():
+    """Under pressure the tail of a cached prefix goes first: no orphan tails."""
+    policy, size = RetentionPolicy(16, 32), 16
+    manager = make_manager(policy, size, 12, max_model_len=400, max_in_flight_tokens=24)
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(size, sha256)
+    pool = manager.block_pool
+
+    def finish(name, tokens):
+        request = Request(
+            name, tokens, SamplingParams(max_tokens=9), None, block_hasher=hasher
+        )
+        for start in range(0, len(tokens), size):
+            assert manager.allocate_slots(request, min(size, len(tokens) - start))
+            request.num_computed_tokens = min(start + size, len(tokens))
+        manager.free(request)
+        return request
+
+    first = finish("a", list(range(100)))
+    for pressure in range(1, 12):
+        taken = pool.get_new_blocks(pressure)
+        cached = [
+            pool.get_cached_block(block_hash, [0]) is not None
+            for block_hash in first.block_hashes
+        ]
+        assert cached[0] or not any(cached), "a tail without its sink"
+        pool.free_blocks(taken)
+
+
+def test_runner_v2_nulls_no_entry_of_the_block_table():
+    """vLLM 0.33's V2 nulls entries below the window unless this is 0: the sinks'."""
+    assert sink_spec(RetentionPolicy(4, 20), 16).num_retained_tokens == 0

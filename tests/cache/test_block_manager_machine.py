@@ -1,0 +1,479 @@
+"""vLLM's real KVCacheManager under the sink spec, driven by a state machine.
+
+Hypothesis chooses what happens (add, extend, hit, draft tokens, steps in
+flight, preempt, resume, abort, finish, reset); ``tests/retention_oracle.py``
+says what must be true after each step. Mutants of the manager show that it
+notices.
+"""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.request import Request
+
+from tests.helpers.block_managers import make_manager
+from tests.helpers.retention_oracle import NULL, Oracle, Sequence
+from vllm_sink.cache.block_manager import SinkManager
+from vllm_sink.policy.layout import RetentionPolicy
+
+CHUNK = 24  # most tokens a step; two steps may be in flight
+MAX_LEN = 300
+POLICIES = [(4, 60, 16), (0, 33, 16), (20, 1, 8), (40, 24, 16), (3, 5, 1), (17, 40, 8)]
+ROOTS = [random.Random(seed).choices(range(50), k=MAX_LEN) for seed in range(3)]
+STEPS = settings(
+    max_examples=70,
+    stateful_step_count=100,
+    derandomize=True,  # the same steps everywhere
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # a failure is reported unshrunk, at once
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class Life:
+    """A request and the oracle's view of it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.sequence = Sequence(list(request.all_token_ids))
+        self.slots = 0  # tokens that have had a slot, rejected drafts included
+        self.in_flight = 0  # of those, what wasn't processed at the last step
+        self.num_final = 0  # tokens computed at the last step, drafts excepted
+        self.alone = False  # nothing else took a block since it was admitted
+        self.num_admitted = 0  # tokens that admission knew of
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    counts: ClassVar[Counter] = Counter()  # what happened, over all runs
+
+    @initialize(policy=st.sampled_from(POLICIES), times=st.sampled_from([1, 1, 2]))
+    def start(self, policy, times):
+        sinks, window, size = policy
+        self.oracle = Oracle(sinks, window, size)
+        self.bound = min(self.oracle.bound(2 * CHUNK), self.oracle.blocks(MAX_LEN))
+        self.manager = make_manager(
+            RetentionPolicy(sinks, window),
+            size,
+            num_blocks=times * self.bound + 1,
+            max_model_len=MAX_LEN,
+            max_in_flight_tokens=2 * CHUNK,
+        )
+        self.pool = self.manager.block_pool
+        self.tally: Counter = Counter()  # what /metrics would show
+        self.manager.coordinator.single_type_managers[0].metrics = SimpleNamespace(
+            add=self.add_metric
+        )
+        self.num_usable = self.pool.get_num_free_blocks()
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(size, sha256)
+        self.running: list[Life] = []
+        self.waiting: list[Life] = []
+        self.cached: dict[int, int] = {}  # cached block id -> prefix's name
+        self.names = 0
+
+    def add_metric(self, name: str, amount: int) -> None:
+        self.tally[name.removeprefix("vllm:sink_")] += amount
+
+    # -- what the pool and the rows look like --------------------------------
+
+    def row(self, life: Life) -> list[int]:
+        blocks = self.manager.get_block_ids(life.request.request_id)[0]
+        return list(blocks)
+
+    def cached_ids(self) -> set[int]:
+        return {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+
+    def free(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    def processed(self, life: Life) -> int:
+        return life.request.num_computed_tokens - life.request.num_in_flight_tokens
+
+    # -- steps ---------------------------------------------------------------
+
+    def write(self, life: Life, start: int, count: int) -> None:
+        row = self.row(life)
+        taken = set(row[start // self.oracle.block_size :])
+        before = dict(self.cached)
+        self.oracle.write(row, start, start + count, life.sequence)
+        for block_id, name in before.items():
+            # Only a new owner takes a block out of the prefix cache.
+            if block_id not in taken:
+                assert self.pool.blocks[block_id].block_hash is not None
+                assert self.oracle.prefix_of(block_id) == name
+        for other in self.running:
+            other.alone = other.alone and other is life
+
+    def admit(self, life: Life) -> bool:
+        """Look up a hit and admit, as the scheduler does; False if it must wait."""
+        request, oracle = life.request, self.oracle
+        blocks, hit, _ = self.manager.get_computed_blocks(request)
+        limit = request.num_tokens - 1
+        names = oracle.cached_prefixes(self.cached_ids())
+        assert hit == oracle.longest_hit(life.sequence, limit, names)
+        ids = blocks.get_block_ids()[0]
+        oracle.check_hit(ids, hit, life.sequence)
+        count = min(CHUNK, request.num_tokens - hit)
+        # Hit blocks that nobody holds leave the free queue too.
+        shared = sum(i != NULL and self.pool.blocks[i].ref_cnt > 0 for i in ids)
+        free = self.free()
+        admitted = self.manager.allocate_slots(
+            request,
+            count,
+            num_new_computed_tokens=hit,
+            new_computed_blocks=blocks,
+            full_sequence_must_fit=True,
+        )
+        if admitted is None:
+            self.counts["refused"] += 1
+            whole = len(oracle.must_hold(hit, request.num_tokens))
+            assert min(whole, self.bound) - shared > free, "it would have fitted"
+            assert self.free() == free, "a refusal must not take blocks"
+            return False
+        assert len(oracle.must_hold(hit, hit + count)) - shared == free - self.free()
+        self.counts["hits"] += hit > 0
+        self.counts["hit tokens"] += hit
+        request.num_computed_tokens = hit + count
+        self.write(life, hit, count)
+        life.slots, life.in_flight = hit + count, count
+        life.num_final = hit + count
+        life.alone = True
+        life.num_admitted = request.num_tokens
+        self.running.append(life)
+        return True
+
+    def preempt(self, life: Life) -> None:
+        self.manager.free(life.request)
+        life.request.num_computed_tokens = life.request.num_in_flight_tokens = 0
+        self.running.remove(life)
+        self.waiting.append(life)
+        self.counts["preemptions"] += 1
+
+    def advance(self, life: Life, count: int, in_flight: bool) -> bool:
+        """One step of ``count`` tokens; preempts when the pool can't give them."""
+        request, oracle = life.request, self.oracle
+        start, processed = request.num_computed_tokens, self.processed(life)
+        held = {i for i in self.row(life) if i != NULL}
+        allocated = self.manager.allocate_slots(request, count)
+        if allocated is None:
+            kept = [i for i in self.row(life) if i != NULL]
+            slots = max(life.slots, start + count)
+            wanted = len(oracle.must_hold(processed, slots)) - len(kept)
+            assert wanted > self.free(), "the pool had the blocks"
+            # What it generates, drafts included, admission doesn't know of.
+            was_seen = life.alone and slots <= life.num_admitted
+            assert not was_seen, "admission could have seen that"
+            self.counts["out of blocks"] += 1
+            self.preempt(life)
+            return False
+        row = self.row(life)
+        for index in range(len(row)):
+            if oracle.in_gap(index, processed):
+                assert row[index] == NULL, "the gap must be freed at once"
+        assert held >= {i for i in row[: start // oracle.block_size] if i != NULL}
+        self.write(life, start, count)
+        life.slots = max(life.slots, start + count)
+        life.in_flight = life.slots - processed
+        life.num_final = min(start + count, request.num_tokens)
+        request.num_computed_tokens = start + count
+        # The step before is processed now; this one may still be under way.
+        request.num_in_flight_tokens = count if in_flight else 0
+        return True
+
+    # -- rules ---------------------------------------------------------------
+
+    @precondition(lambda self: len(self.running) + len(self.waiting) < 6)
+    @rule(
+        root=st.integers(0, len(ROOTS) - 1),
+        shared=st.sampled_from([0, 0, 10, 50, 100, 150, 200, 240]),
+        own=st.lists(st.integers(0, 49), min_size=1, max_size=40),
+    )
+    def add(self, root, shared, own):
+        self.names += 1
+        request = Request(
+            str(self.names),
+            ROOTS[root][:shared] + own,
+            SamplingParams(max_tokens=MAX_LEN),
+            None,
+            block_hasher=self.hasher,
+        )
+        life = Life(request)
+        if not self.admit(life):
+            self.waiting.append(life)
+
+    @precondition(lambda self: self.waiting)
+    @rule(pick=st.integers(0, 5))
+    def admit_waiting(self, pick):
+        life = self.waiting[pick % len(self.waiting)]
+        self.waiting.remove(life)
+        resumed = life.request.num_output_tokens > 0
+        if self.admit(life):
+            self.counts["resumed with output"] += resumed
+        else:
+            self.waiting.append(life)
+
+    def decode(self, life: Life, in_flight: bool) -> bool:
+        """The next chunk of what is known; past the end, a token is sampled."""
+        request = life.request
+        if request.num_tokens >= MAX_LEN - 1:
+            return False
+        if request.num_computed_tokens == request.num_tokens:
+            self.sample(life, [request.num_tokens % 50])
+        left = request.num_tokens - request.num_computed_tokens
+        return self.advance(life, min(CHUNK, left), in_flight)
+
+    def sample(self, life: Life, tokens: list[int]) -> None:
+        known = life.request.num_tokens
+        life.request.append_output_token_ids(tokens)
+        life.sequence.replace_from(known, tokens)
+
+    @precondition(lambda self: self.running)
+    @rule(rounds=st.integers(1, 20), in_flight=st.booleans())
+    def extend(self, rounds, in_flight):
+        """Batches of all running requests, which compete for the pool."""
+        for _ in range(rounds):
+            for life in list(self.running):
+                if self.decode(life, in_flight):
+                    self.counts["extended in flight" if in_flight else "extended"] += 1
+                    self.everything_adds_up()
+
+    @precondition(lambda self: self.running)
+    @rule(pick=st.integers(0, 5))
+    def run_prompt_to_its_end(self, pick):
+        """What admission promised: alone, a prompt never fails half way."""
+        life = self.running[pick % len(self.running)]
+        request = life.request
+        while request.num_computed_tokens < request.num_tokens:
+            if not self.decode(life, in_flight=False):
+                break
+            self.everything_adds_up()
+
+    @precondition(lambda self: self.running)
+    @rule(pick=st.integers(0, 5), drafts=st.integers(1, 7), accepted=st.integers(0, 7))
+    def speculate(self, pick, drafts, accepted):
+        """A step with draft tokens, of which the first ``accepted`` stay."""
+        life = self.running[pick % len(self.running)]
+        request = life.request
+        if request.num_tokens + drafts + 1 >= MAX_LEN:
+            return
+        request.num_in_flight_tokens = 0  # the step before is processed
+        if request.num_computed_tokens == request.num_tokens:
+            self.sample(life, [6])
+        known = request.num_tokens
+        if request.num_computed_tokens != known - 1:
+            return
+        accepted = min(accepted, drafts)
+        life.sequence.tokens.extend([7] * drafts)
+        if not self.advance(life, 1 + drafts, in_flight=False):
+            life.sequence.replace_from(known, [])
+            return
+        request.num_computed_tokens = known + accepted
+        self.sample(life, [7] * accepted + [8])
+        self.counts["drafts rejected"] += drafts - accepted
+
+    @precondition(lambda self: self.running or self.waiting)
+    @rule(pick=st.integers(0, 11), preempt=st.booleans())
+    def preempt_finish_or_abort(self, pick, preempt):
+        lives = self.running + self.waiting
+        life = lives[pick % len(lives)]
+        if life in self.waiting:
+            self.waiting.remove(life)
+        elif preempt:
+            self.preempt(life)
+        else:
+            self.running.remove(life)
+            self.manager.free(life.request)
+
+    @precondition(lambda self: self.cached and not self.running)
+    @rule()
+    def reset(self):
+        assert self.manager.reset_prefix_cache()
+        assert not self.cached_ids()
+        self.cached = {}
+        self.counts["resets"] += 1
+
+    # -- invariants ----------------------------------------------------------
+
+    @invariant()
+    def everything_adds_up(self):
+        if not hasattr(self, "oracle"):
+            return
+        self.counts["steps"] += 1
+        held: Counter = Counter()
+        for life in self.running:
+            row, request = self.row(life), life.request
+            live = [i for i in row if i != NULL]
+            assert len(live) == len(set(live)), "a block twice in one row"
+            assert len(live) <= self.oracle.bound(life.in_flight), "above the bound"
+            held.update(live)
+            self.oracle.check_visible(row, self.processed(life), life.sequence)
+            self.oracle.check_visible(row, request.num_computed_tokens, life.sequence)
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == held[block.block_id], "reference count"
+        queue = [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()]
+        assert len(queue) == len(set(queue)) == self.free()
+        assert set(queue).isdisjoint(held), "a live block can be taken"
+        assert len(queue) + len(held) == self.num_usable, "a block was lost"
+        assert self.tally["live_blocks"] == len(held)
+        sinks = self.oracle.blocks(self.oracle.num_sinks)
+        pinned = {i for life in self.running for i in self.row(life)[:sinks]}
+        assert self.tally["pinned_blocks"] == len(pinned)
+        self.check_cache()
+
+    def check_cache(self) -> None:
+        """Every full block is cached, and no tail without its sinks."""
+        oracle, size = self.oracle, self.oracle.block_size
+        ids = self.cached_ids()
+        names = oracle.cached_prefixes(ids)
+        self.cached = {i: oracle.prefix_of(i) for i in ids}
+        for life in self.running:
+            for index, block_id in enumerate(self.row(life)[: life.num_final // size]):
+                if block_id != NULL and oracle.serves_a_hit(index):
+                    assert block_id in ids, "a full block isn't cached"
+        for prefixes in self.families():
+            tails = [i for i, name in enumerate(prefixes) if name in names]
+            if tails and tails[-1] >= oracle.blocks(oracle.num_sinks):
+                for index in range(oracle.blocks(oracle.num_sinks)):
+                    assert prefixes[index] in names, "a tail without its sinks"
+
+    def families(self):
+        """Block prefixes of every request seen lately, and of the roots."""
+        size = self.oracle.block_size
+        for sequence in [Sequence(r) for r in ROOTS] + [
+            life.sequence for life in self.running + self.waiting
+        ]:
+            count = len(sequence.tokens) // size
+            yield [sequence.name((i + 1) * size - 1) for i in range(count)]
+
+    def teardown(self):
+        if not hasattr(self, "oracle"):
+            return
+        for life in self.running:
+            self.manager.free(life.request)
+        assert self.free() == self.num_usable
+        assert self.manager.reset_prefix_cache()
+
+
+def run(steps: settings = STEPS) -> Counter:
+    BlockManagerMachine.counts = Counter()
+    run_state_machine_as_test(BlockManagerMachine, settings=steps)
+    return BlockManagerMachine.counts
+
+
+def test_the_manager_follows_the_oracle():
+    counts = run()
+    print(dict(counts))
+    assert counts["steps"] >= 5000
+    for what in (
+        "hits",
+        "preemptions",
+        "out of blocks",
+        "refused",
+        "resumed with output",
+        "extended in flight",
+        "drafts rejected",
+        "resets",
+    ):
+        assert counts[what] >= 5, f"the run must exercise {what}"
+
+
+def frees_sinks(self, request_id, processed, num_prompt_tokens=None):
+    last = self.policy.window_start(processed) // self.block_size
+    self._remove_blocks_in_range(request_id, 0, last)
+
+
+def frees_a_block_early(self, request_id, processed, num_prompt_tokens=None):
+    first, last = self.policy.gap_blocks(processed, self.block_size)
+    self._remove_blocks_in_range(request_id, first, last + 1)
+
+
+def frees_twice(self, request_id):
+    blocks = self.pop_blocks_for_free(request_id)
+    self.block_pool.free_blocks(reversed(blocks))
+    self.block_pool.free_blocks(blocks[:1])
+
+
+def frees_sinks_first(self, request_id):
+    self.block_pool.free_blocks(self.pop_blocks_for_free(request_id))
+
+
+def leaks_the_last_block(self, request_id):
+    blocks = self.pop_blocks_for_free(request_id)
+    self.block_pool.free_blocks(reversed(blocks[:-1]))
+
+
+def forgets_the_hit(self, request_id, num_tokens, *args, **kwargs):
+    held = len(self.req_to_blocks.get(request_id, ()))
+    return max(-(-num_tokens // self.block_size) - max(held, len(args[0])), 0)
+
+
+def counts_the_gap(self, request_id, num_tokens, *args, **kwargs):
+    return max(-(-num_tokens // self.block_size), 0)
+
+
+def window_only(cls, **kwargs):
+    return SlidingWindowManager.find_longest_cache_hit.__func__(cls, **kwargs)
+
+
+def shorter_hit(cls, *args, **kwargs):
+    blocks, length = original_hit(*args, **kwargs)
+    if length == 0:
+        return blocks, length
+    size = kwargs["kv_cache_spec"].block_size
+    return tuple(group[:-1] for group in blocks), length - size
+
+
+def short_tail(cls, kv_cache_spec, **kwargs):
+    half = replace(kv_cache_spec, sliding_window=kv_cache_spec.sliding_window // 2 + 1)
+    return original_hit(kv_cache_spec=half, **kwargs)
+
+
+def frees_nothing(self, *args, **kwargs):
+    pass
+
+
+original_hit = SinkManager.find_longest_cache_hit
+
+
+@pytest.mark.parametrize(
+    "method, mutant",
+    [
+        ("remove_skipped_blocks", frees_sinks),
+        ("remove_skipped_blocks", frees_a_block_early),
+        ("remove_skipped_blocks", frees_nothing),
+        ("free", frees_twice),
+        ("free", frees_sinks_first),
+        ("free", leaks_the_last_block),
+        ("get_num_blocks_to_allocate", forgets_the_hit),
+        ("get_num_blocks_to_allocate", counts_the_gap),
+        ("find_longest_cache_hit", classmethod(window_only)),
+        ("find_longest_cache_hit", classmethod(shorter_hit)),
+        ("find_longest_cache_hit", classmethod(short_tail)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_mutants_are_noticed(method, mutant, monkeypatch):
+    monkeypatch.setattr(SinkManager, method, mutant)
+    # AssertionError: the oracle's or vLLM's; ValueError: vLLM's "not enough blocks".
+    with pytest.raises((AssertionError, ValueError)):
+        run()

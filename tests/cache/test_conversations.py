@@ -1,0 +1,83 @@
+"""Chats of growing history and drafted tokens, on the real model."""
+
+import pytest
+from vllm import SamplingParams
+
+from tests.helpers.engine import run_steps, sink_engine
+from tests.helpers.retention_oracle import Oracle, Sequence
+
+BLOCK = 32
+SINKS, WINDOW = 4, 60
+QUESTIONS = [
+    "Tell me how a lighthouse works, from the lamp to the lens, at some length. "
+    "Then tell me who keeps it, and what they do when a storm comes in at night.",
+    "And what did the keepers of the past do with their days?",
+    "Which of these would you take to an island, and why?",
+]
+
+
+def retained_prefixes(oracle: Oracle, sequence: Sequence, boundary: int) -> set[int]:
+    """Prefixes that a hit of ``boundary`` tokens needs: sinks and window."""
+    size = oracle.block_size
+    indices = [i for i in range(boundary // size) if not oracle.in_gap(i, boundary)]
+    return {sequence.name((i + 1) * size - 1) for i in indices}
+
+
+@pytest.mark.parametrize("retention", [0, BLOCK])
+def test_three_turns_report_the_predicted_cached_tokens(model_path, retention):
+    """A turn pays for what the cache was told to keep no more than once.
+
+    ``prefix_cache_retention_interval`` 0 (vLLM's default) keeps what a replay of
+    the prompt needs; the block size keeps what any longer prompt needs.
+    """
+    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    messages = []
+    oracle = Oracle(SINKS, WINDOW, BLOCK)
+    cached: set[int] = set()
+    hits = []
+    with sink_engine(
+        model_path,
+        SINKS,
+        WINDOW,
+        block_size=BLOCK,
+        max_model_len=1024,
+        prefix_cache_retention_interval=retention,
+    ) as llm:
+        for question in QUESTIONS:
+            messages.append({"role": "user", "content": question})
+            output = llm.chat(messages, params, use_tqdm=False)[0]
+            prompt = list(output.prompt_token_ids)
+            want = oracle.longest_hit(Sequence(prompt), len(prompt) - 1, cached)
+            assert output.num_cached_tokens == want
+            hits.append(want)
+            answer = output.outputs[0]
+            messages.append({"role": "assistant", "content": answer.text})
+            # The last token of the answer is sampled but has no key yet.
+            sequence = Sequence(prompt + list(answer.token_ids)[:-1])
+            last = len(prompt) - 1 if retention == 0 else len(sequence.tokens)
+            first = last // BLOCK * BLOCK if retention == 0 else BLOCK
+            for boundary in range(first, last + 1, BLOCK):
+                cached |= retained_prefixes(oracle, sequence, boundary)
+    print(hits)
+    assert hits[0] == 0 < hits[1] < hits[2]
+
+
+def test_ngram_drafts_change_nothing(model_path, prose):
+    """Accepted and rejected drafts, far past the window: the same tokens."""
+    prompts = [prose[300:420] * 3, prose[2000:2300]]
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    settings = dict(block_size=BLOCK, max_model_len=1024, async_scheduling=False)
+    results, steps = [], []
+    for drafts in (None, dict(method="ngram", num_speculative_tokens=5)):
+        if drafts:
+            drafts |= dict(prompt_lookup_min=2, prompt_lookup_max=4)
+            settings["speculative_config"] = drafts
+        with sink_engine(model_path, SINKS, WINDOW, **settings) as llm:
+            count = []
+            results.append(
+                run_steps(llm, prompts, params, lambda count=count: count.append(1))
+            )
+            steps.append(len(count))
+    assert results[1] == results[0]
+    print(f"steps without and with drafts: {steps}")
+    assert steps[1] < steps[0], "no draft was accepted"

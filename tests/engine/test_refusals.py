@@ -1,0 +1,256 @@
+"""What can't be honoured is refused at start: setting, value, remedy."""
+
+import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import envs
+from vllm.platforms import current_platform
+
+import vllm_sink
+from vllm_sink import __version__
+from vllm_sink.attention import rotation
+from vllm_sink.cache import metrics
+from vllm_sink.engine import compat
+from vllm_sink.policy.config import SinkConfig, validate_engine
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"num_sink_tokens": -1}, r"num_sink_tokens must be .* >= 0, got -1; give"),
+        ({"num_sink_tokens": "4"}, r"num_sink_tokens must be an integer .* got '4'"),
+        ({"num_sink_tokens": True}, r"num_sink_tokens must be an integer .* got True"),
+        ({"window_size": 0}, r"window_size must be an integer >= 1, got 0; give"),
+        ({"window_size": 10.5}, r"window_size must be an integer .* got 10.5"),
+        ({"sink_positions": "rel"}, r"must be 'cache' or 'absolute', got 'rel'"),
+        ({"windowsize": 7}, r"got the unknown key 'windowsize' with value 7; remove"),
+        ([4, 60], r"additional_config.sink must be a dict, got \[4, 60\]; pass"),
+    ],
+)
+def test_bad_config(section, message):
+    with pytest.raises(ValueError, match=message):
+        SinkConfig.from_additional_config({"sink": section})
+
+
+def test_defaults_and_foreign_keys():
+    assert SinkConfig.from_additional_config({}) == SinkConfig()
+    assert SinkConfig.from_additional_config({"other": 1}) == SinkConfig()
+
+
+def engine_config(**changes):
+    parallel = SimpleNamespace(
+        decode_context_parallel_size=1, prefill_context_parallel_size=1
+    )
+    model = SimpleNamespace(use_mla=False, is_encoder_decoder=False, model="m")
+    config = SimpleNamespace(
+        additional_config={},
+        parallel_config=parallel,
+        kv_transfer_config=None,
+        model_config=model,
+    )
+    for path, value in changes.items():
+        owner, _, name = path.rpartition("__")
+        setattr(getattr(config, owner) if owner else config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"parallel_config__decode_context_parallel_size": 2},
+            "decode_context_parallel_size must be 1 .* got 2; .* tensor",
+        ),
+        (
+            {"parallel_config__prefill_context_parallel_size": 4},
+            "prefill_context_parallel_size must be 1 .* got 4; .* tensor",
+        ),
+        (
+            {"kv_transfer_config": SimpleNamespace(kv_connector="LMCache")},
+            "kv_connector must be unset .* got 'LMCache'; .* drop --kv-transfer",
+        ),
+        ({"model_config__use_mla": True}, "must not use MLA .* got 'm'; serve"),
+        (
+            {"model_config__is_encoder_decoder": True},
+            "must be decoder-only .* encoder-decoder 'm'; drop",
+        ),
+    ],
+)
+def test_engine_settings(changes, message):
+    assert validate_engine(engine_config()) == SinkConfig()
+    with pytest.raises(ValueError, match=message):
+        validate_engine(engine_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
+        ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
+        ({"use_mla": True}, "left out for MLA"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
+        ({"block_size": 24}, "block_size 24"),
+        ({"use_non_causal": True}, "non-causal"),
+    ],
+)
+def test_attention_kinds(change, message):
+    from vllm_sink.attention.backend import SinkBackend
+
+    selector = SimpleNamespace(
+        use_mla=False,
+        use_sparse=False,
+        attn_type="decoder",
+        kv_cache_dtype="auto",
+        block_size=128,
+        use_non_causal=False,
+        use_mm_prefix=False,
+    )
+    SinkBackend.refuse_unsupported(selector)
+    vars(selector).update(change)
+    with pytest.raises(ValueError, match=message):
+        SinkBackend.refuse_unsupported(selector)
+
+
+def test_rotary_table_too_short_and_bad_config_stop_the_engine(model_path, monkeypatch):
+    from tests.helpers.engine import sink_engine
+
+    with (
+        pytest.raises(Exception, match="unknown key 'sinks'"),
+        sink_engine(
+            model_path,
+            attention_backend="sink",
+            additional_config={"sink": {"sinks": 4}},
+        ),
+    ):
+        pass
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    with (
+        pytest.raises(ValueError, match=r"<= 8192, .* got 9000; pass --hf-overrides"),
+        sink_engine(model_path, 4, 60, max_model_len=9000),
+    ):
+        pass
+
+
+class Plain(torch.nn.Module):
+    def forward(self, positions, hidden):
+        q, k, v = hidden
+        q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, v)
+
+
+class ByFlag(Plain):
+    def forward(self, positions, hidden):
+        q, k, v = hidden
+        if self.use_rope:
+            q, k = self.rotary_emb(positions, q, k)
+        return self.attn(q, k, v)
+
+
+class ScaledAfter(Plain):
+    def forward(self, positions, hidden):
+        q, k, v = hidden
+        q, k = self.rotary_emb(positions, q, k)
+        q = q * self.scale
+        return self.attn(q, k, v)
+
+
+def test_rotation_is_certain_or_refused():
+    assert rotation.rotates_unconditionally(Plain)
+    assert not rotation.rotates_unconditionally(ByFlag)
+    assert not rotation.rotates_unconditionally(ScaledAfter)
+    from vllm.model_executor.models import gemma3, llama, qwen2, qwen3
+
+    for owner in (
+        llama.LlamaAttention,
+        qwen2.Qwen2Attention,
+        qwen3.Qwen3Attention,
+        gemma3.Gemma3Attention,
+    ):
+        assert rotation.rotates_unconditionally(owner), owner
+
+
+class DynamicRotaryEmbedding(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    "rotary, owner, message",
+    [
+        (None, Plain, "has no rotary_emb"),
+        (DynamicRotaryEmbedding, Plain, "is a DynamicRotaryEmbedding"),
+    ],
+)
+def test_unknown_rotation_names_absolute(rotary, owner, message):
+    rotation.record_parents()
+    module, layer = owner(), torch.nn.Identity()
+    layer.attn_backend = object
+    with pytest.raises(ValueError, match="was not seen"):
+        rotation.find_rotation("layers.0.attn", layer)
+    if rotary is not None:
+        module.rotary_emb = rotary()
+    module.attn = layer
+    with pytest.raises(ValueError, match=f"{message}.*'absolute', which works"):
+        rotation.find_rotation("layers.0.attn", layer)
+
+
+def test_turn_divides_the_magnitude_out():
+    positions = torch.arange(4000).double()
+    frequency = 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    angle = positions[:, None] * frequency
+    table = 1.25 * torch.cat([angle.cos(), angle.sin()], dim=1)
+    cos, sin = rotation.Rotation(table.float(), True).turn(torch.tensor([10, 3999]), 64)
+    want = torch.tensor([0.0, 63 - 3999.0]).double()[:, None] * frequency
+    assert torch.allclose(cos.double(), want.cos(), atol=1e-5)
+    assert torch.allclose(sin.double(), want.sin(), atol=1e-5)
+
+
+def test_enum_member_survives_pickling_by_value():
+    member = compat.register_backend_member()
+    assert compat.register_backend_member() is member
+    again = pickle.loads(pickle.dumps(member))
+    assert again is member
+    assert b"restore_backend_member" in pickle.dumps(member)
+
+
+def test_a_process_without_the_plugin_says_so():
+    pickled = pickle.dumps(compat.register_backend_member())
+    code = (
+        "import pickle, sys; sys.modules['vllm_sink'] = None; "
+        "pickle.loads(sys.stdin.buffer.read())"
+    )
+    process = subprocess.run([sys.executable, "-c", code], input=pickled, stderr=-1)
+    assert process.returncode == 1
+    assert b"must be %s like the driver's, got none" % __version__.encode() in (
+        process.stderr
+    )
+
+
+def test_vllm_knows_the_plugins_variable(monkeypatch):
+    """``--fail-on-environ-validation`` must not refuse what the user didn't set."""
+    vllm_sink.register()
+    for name in set(os.environ) - set(envs.environment_variables):
+        if name.startswith("VLLM_"):  # the tests' and vLLM's own
+            monkeypatch.delenv(name)
+    factors = envs.compile_factors()
+    monkeypatch.setenv(metrics.FOLDER_VARIABLE, "/tmp/folder")
+    current_platform.validate_environ(hard_fail=True)
+    assert envs.compile_factors() == factors
+
+
+def test_unsupported_vllm_gets_one_clear_warning(monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.warns(UserWarning, match=r"0.32 and 0.33, got 0.99.0"):
+        compat.warn_if_unsupported()
+
+
+def test_other_backends_are_left_alone():
+    selector = SimpleNamespace(use_sparse=False, use_mla=False)
+    path = current_platform.get_attn_backend_cls(None, selector)
+    assert path == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"

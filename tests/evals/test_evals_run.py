@@ -1,0 +1,149 @@
+"""``evals.run``: the smoke group on the real model, through the real harness."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra: pip install -e .[eval]")
+
+from evals import report, reproduce, run, worker
+from evals.policies import Policy
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(model_path, tmp_path_factory):
+    """Stock attention and the policy, once, by the command line."""
+    out = tmp_path_factory.mktemp("results")
+    return out, command(model_path, out)
+
+
+def command(model: str, out: Path) -> subprocess.CompletedProcess:
+    arguments = ["--model", model, "--policies", "dense,sink", "--out", str(out)]
+    return subprocess.run(
+        [sys.executable, "-m", "evals.run", "--tasks", "sink_smoke", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        text=True,
+        capture_output=True,
+        timeout=1500,
+    )
+
+
+def test_smoke_group_runs_and_is_reported(results):
+    out, process = results
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "FAILED" not in process.stdout
+    saved = json.loads((out / "results.json").read_text())
+    assert len(saved["parts"]) == 10
+    by_policy = {p["config"]["policy"]["name"]: p for p in saved["parts"]}
+    assert by_policy["sink"]["attention_backends"] == ["SINK"]
+    assert "SINK" not in by_policy["dense"]["attention_backends"]
+    assert [check["ok"] for check in saved["checks"]] == [True, True]
+
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    perplexity = {
+        row["name"]: float(row["value"])
+        for row in rows
+        if row["metric"] == "ppl_to_512"
+    }
+    assert perplexity["sink"] > perplexity["dense"] > 1
+    for row in rows:
+        arguments = json.loads(row["engine_args"])
+        assert ("attention_backend" in arguments) == (row["name"] == "sink")
+    for task in ("ppl", "stream_qa", "passkey", "niah", "chat"):
+        assert (out / f"sink_{task}_smoke.png").stat().st_size > 5000
+    assert "ppl_to_512" in (out / "results.md").read_text()
+
+
+def test_a_finished_run_starts_no_engine(results, model_path):
+    out, _ = results
+    before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
+    (out / "sink.log").unlink()
+    assert command(model_path, out).returncode == 0
+    assert not (out / "sink.log").exists()
+    after = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
+    assert after == before
+
+
+def test_stock_attention_passed_off_as_the_policy_fails(results, model_path):
+    """The stock engine's numbers under the policy's name: exit status 1."""
+    out, _ = results
+    task = "sink_ppl_smoke"
+    mine, stock = (worker.part_path(out, name, task) for name in ("sink", "dense"))
+    honest = mine.read_text()
+    part = json.loads(honest)
+    part["samples"] = json.loads(stock.read_text())["samples"]
+    mine.write_text(json.dumps(part))
+    try:
+        process = command(model_path, out)
+    finally:
+        mine.write_text(honest)
+    assert process.returncode == 1
+    assert "FAILED: sink, sink_ppl_smoke: different from it beyond" in process.stdout
+
+
+def part(name: str, responses: list[float]) -> dict:
+    """A perplexity part of two stretches of 100 tokens."""
+    policy = Policy.parse(name, 4, 124)
+    return {
+        "task": "sink_ppl_smoke",
+        "config": {"policy": vars(policy)},
+        "samples": [
+            {"end": end, "num_tokens": 100, "response": [value, False]}
+            for end, value in zip((128, 512), responses, strict=True)
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "responses, ok",
+    [
+        ([-300.0, -310.0], [True, True]),
+        ([-300.0, -300.0], [True, False]),  # nothing evicted
+        ([-301.0, -310.0], [False, True]),  # evicted too early
+    ],
+)
+def test_checks(responses, ok):
+    parts = [part("dense", [-300.0, -300.0]), part("sink", responses)]
+    assert [check["ok"] for check in report.check_policies(parts)] == ok
+
+
+def test_no_stock_attention_no_check():
+    checks = report.check_policies([part("sink", [-300.0, -310.0])])
+    assert [check["ok"] for check in checks] == [None]
+
+
+def test_policies():
+    assert Policy.parse("dense", 4, 60).engine_args() == {}
+    assert Policy.parse("window", 4, 60).window_size == 64
+    given = Policy.parse("sink:16+112:absolute", 4, 60)
+    assert given.engine_args()["additional_config"]["sink"] == {
+        "num_sink_tokens": 16,
+        "window_size": 112,
+        "sink_positions": "absolute",
+    }
+    with pytest.raises(ValueError, match="policy must be dense"):
+        Policy.parse("full", 4, 60)
+
+
+@pytest.mark.parametrize("what", ["sinks", "positions", "attention", "mixing"])
+def test_pictures_come_from_the_committed_numbers(tmp_path, what):
+    draw = reproduce.COMMANDS[what][1]
+    picture = tmp_path / "picture.png"
+    draw(ROOT / "evals" / "results" / f"{what}.csv", picture)
+    assert picture.stat().st_size > 5000
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="tasks must be known to the harness"):
+        run.expand_tasks(["sink_smok"])
+    assert run.expand_tasks(["sink_smoke", "sink_ppl_smoke"])[0] == "sink_ppl_smoke"
+    assert len(run.expand_tasks(["sink_smoke"])) == 5

@@ -1,0 +1,49 @@
+"""vLLM's KVCacheManager over one group of layers under the sink policy."""
+
+import torch
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.engine import compat
+from vllm_sink.policy.layout import RetentionPolicy
+
+
+def sink_spec(policy: RetentionPolicy, block_size: int) -> SinkSpec:
+    return SinkSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=16,
+        dtype=torch.float32,
+        sliding_window=policy.window_size,
+        num_sink_tokens=policy.num_sink_tokens,
+    )
+
+
+def make_manager(
+    policy: RetentionPolicy,
+    block_size: int,
+    num_blocks: int,
+    *,
+    max_model_len: int,
+    max_in_flight_tokens: int,
+    other_specs=(),
+    **config,
+) -> KVCacheManager:
+    """A manager of ``num_blocks`` blocks, the null block included."""
+    compat.register_kv_cache_spec()
+    specs = [sink_spec(policy, block_size), *other_specs]
+    return KVCacheManager(
+        KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[
+                KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)
+            ],
+            **config,
+        ),
+        max_model_len=max_model_len,
+        scheduler_block_size=block_size,
+        hash_block_size=block_size,
+        max_in_flight_tokens=max_in_flight_tokens,
+    )

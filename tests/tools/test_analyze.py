@@ -1,0 +1,92 @@
+"""The sink finder on the real model, against other ways to compute the same."""
+
+import json
+import math
+import pydoc_data.topics
+
+import pytest
+import torch
+
+from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools import analyze
+
+TEXT = pydoc_data.topics.topics["exceptions"] + pydoc_data.topics.topics["objects"]
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path):
+    return analyze.load(model_path)
+
+
+def test_shares_equal_the_models_own_attentions(loaded, prose):
+    model, _ = loaded
+    tokens = torch.tensor([prose[:80], prose[300:380]])
+    with torch.inference_mode():
+        weights = torch.stack(model(tokens, output_attentions=True).attentions)
+    share = analyze.first_token_share(model, tokens)
+    # weights is [L, B, H, T, T]
+    torch.testing.assert_close(share, weights[:, :, :, 1:, 0].mean((1, 3)))
+    late = weights[:, :, :, 40:]
+    for k, value in analyze.first_tokens_share(model, tokens).items():
+        assert value == pytest.approx(float(late[..., :k].sum(-1).mean()), rel=1e-4)
+
+
+def test_perplexity_equals_the_reference(loaded, reference, prose):
+    """An independent dense mask gives the same number."""
+    model, _ = loaded
+    tokens = prose[:300]
+    for sinks, window in ((4, 60), (0, 64)):
+        want = reference.logprobs(tokens, sinks, window, "absolute")[63:]
+        got = analyze.perplexity(model, tokens, RetentionPolicy(sinks, window), 64)
+        assert got == pytest.approx(math.exp(-float(want.mean())), rel=1e-3)
+
+
+def test_mask_is_the_policys():
+    policy = RetentionPolicy(2, 3)
+    mask = analyze.policy_mask(policy, 9)[0, 0]
+    for query in range(9):
+        for key in range(9):
+            assert (mask[query, key] == 0) == policy.sees(query, key)
+
+
+def test_recommended_is_the_smallest_that_is_as_good():
+    values = {0: 50.0, 1: 20.2, 2: 20.05, 4: 20.0, 8: 20.09}
+    assert analyze.recommend(values) == 2
+    assert analyze.recommend({0: 20.0, 4: 19.99}) == 0
+
+
+def test_command_line(model_path, tmp_path, monkeypatch, capsys):
+    """A short text: sinks are found, and the window alone is worse."""
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ["--model", model_path, "--text", str(text), "--tokens", "320"]
+    monkeypatch.setattr("sys.argv", ["analyze", *arguments, "--out", str(tmp_path)])
+    analyze.main()
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "analysis.json").read_text())
+    assert set(result["sinks"]) == {"with BOS", "without BOS"}
+    for sinks in result["sinks"].values():
+        share = torch.tensor(sinks["share"])
+        assert share.shape == (30, 9)
+        assert share.min() >= 0 and share.max() <= 1
+        rates = sinks["sink_rates"]
+        assert rates["0.3"] > 0.5 > rates["0.8"] > 0
+    perplexity = result["perplexity"]
+    chosen = result["recommended_num_sink_tokens"]
+    assert chosen >= 1
+    assert perplexity["0"] > 1.2 * perplexity[str(chosen)]
+    assert f"num_sink_tokens = {chosen} is enough" in printed
+    assert (tmp_path / "first_token.png").stat().st_size > 5000
+
+
+def test_refused(model_path, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("Too short a text.")
+    monkeypatch.setattr(
+        "sys.argv", ["analyze", "--model", model_path, "--text", str(text)]
+    )
+    with pytest.raises(SystemExit, match="--text must hold at least 1024 tokens"):
+        analyze.main()
+    with pytest.raises(ValueError, match="--tokens must be at least 201"):
+        analyze.analyze(model_path, TEXT, 150, 200)

@@ -1,0 +1,164 @@
+"""The calculator against vLLM's own specs, groups and start-up figure."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen2Config
+from vllm.v1.core.kv_cache_utils import (
+    _get_kv_cache_groups_uniform_page_size,
+    get_max_concurrency_for_kv_cache_config,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from tests.helpers.engine import core, sink_engine
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools import sizing
+
+LLAMA = LlamaConfig(
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    hidden_size=4096,
+)
+GEMMA3 = Gemma3TextConfig(
+    num_hidden_layers=62,
+    num_attention_heads=32,
+    num_key_value_heads=16,
+    head_dim=128,
+    sliding_window=1024,
+)
+GPT_OSS = GptOssConfig(num_hidden_layers=24)
+MODELS = {"llama": LLAMA, "gemma3": GEMMA3, "gpt_oss": GPT_OSS}
+LAYERS = {"llama": (32, 0), "gemma3": (10, 52), "gpt_oss": (12, 12)}
+
+
+def vllm_groups(shape, policy, block_size):
+    """vLLM's KV cache groups for the layers of ``shape``."""
+    common = dict(
+        block_size=block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+        dtype=torch.bfloat16,
+    )
+    full = FullAttentionSpec(**common)
+    if policy is not None:
+        config = SinkConfig(policy.num_sink_tokens, policy.window_size)
+        full = SinkSpec.from_full(full, config)
+    specs = {f"full.{i}": full for i in range(shape.num_full_layers)}
+    for i in range(shape.num_sliding_layers):
+        specs[f"own.{i}"] = SlidingWindowSpec(
+            **common, sliding_window=shape.sliding_window
+        )
+    return _get_kv_cache_groups_uniform_page_size(specs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("policy", [None, RetentionPolicy(4, 1000)])
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("in_flight", [1, 4096])
+def test_blocks_are_vllms_own(name, policy, block_size, in_flight):
+    shape = sizing.read_shape(MODELS[name], dtype="bfloat16")
+    assert (shape.num_full_layers, shape.num_sliding_layers) == LAYERS[name]
+    groups = vllm_groups(shape, policy, block_size)
+    num_tokens, num_blocks = 131_072, 10_000
+    config = SimpleNamespace(
+        max_in_flight_tokens=in_flight,
+        model_config=SimpleNamespace(max_model_len=num_tokens),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=groups)
+    for group in groups:
+        group.host_resident = False
+    blocks = shape.request_blocks(policy, num_tokens, in_flight, block_size)
+    assert num_blocks / blocks == pytest.approx(
+        get_max_concurrency_for_kv_cache_config(config, cache)
+    )
+    page = groups[0].kv_cache_spec.page_size_bytes
+    assert shape.pool_block_bytes(block_size) == page * max(
+        len(group.layer_names) for group in groups
+    )
+
+
+def test_startup_figure_of_an_engine(model_path):
+    """The model's own config gives the number of requests that vLLM logs."""
+    from transformers import AutoConfig
+
+    with sink_engine(model_path, 4, 500, max_num_batched_tokens=256) as llm:
+        config = llm.llm_engine.vllm_config
+        cache = core(llm).scheduler.kv_cache_config
+        expected = get_max_concurrency_for_kv_cache_config(config, cache)
+        pool_bytes = sum(tensor.size for tensor in cache.kv_cache_tensors)
+    shape = sizing.read_shape(AutoConfig.from_pretrained(model_path), "float32")
+    block_size = config.cache_config.block_size
+    assert pool_bytes == cache.num_blocks * shape.pool_block_bytes(block_size)
+    blocks = shape.request_blocks(
+        RetentionPolicy(4, 500), 4096, config.max_in_flight_tokens, block_size
+    )
+    assert cache.num_blocks / blocks == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "heads"), [(1, 8), (2, 4), (8, 1), (16, 1)]
+)
+def test_tensor_parallel_splits_kv_heads(tensor_parallel_size, heads):
+    shape = sizing.read_shape(LLAMA, "float16", tensor_parallel_size)
+    assert shape.num_kv_heads == heads
+
+
+def test_a_window_that_is_switched_off_is_full_attention():
+    config = Qwen2Config(use_sliding_window=False, sliding_window=4096)
+    assert sizing.read_shape(config).num_sliding_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LlamaConfig(kv_lora_rank=512), "MLA"),
+        (LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"]), "linear"),
+        (LlamaConfig(dtype="float64"), "float64"),
+    ],
+)
+def test_what_is_not_counted_is_refused_by_name(config, match):
+    with pytest.raises(ValueError, match=match):
+        sizing.read_shape(config)
+
+
+def test_command(model_path, capsys):
+    options = "--max-model-len 131072 --block-size 128 --memory 2GiB --window-size 1020"
+    sizing.main(["--model", model_path, *options.split()])
+    out = capsys.readouterr().out
+    assert "30 full-attention layers" in out
+    assert "decoding\t1,024 blocks, 5.6 GiB\t10 blocks" in out
+    assert "\t0.4\t36.4" in out
+
+
+@pytest.mark.parametrize(
+    "bad", [["--memory", "16"], ["--window-size", "0"], ["--block-size", "0"]]
+)
+def test_bad_arguments_are_refused(model_path, bad, capsys):
+    with pytest.raises(SystemExit):
+        sizing.main(["--model", model_path, *bad])
+    assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+def test_document_holds_the_calculators_numbers():
+    """Every row of the table in docs/scaling.md, from its own columns."""
+    page = Path(__file__).parents[2] / "docs" / "scaling.md"
+    row = re.compile(r"^\| (?P<model>[^|]+) \|" + r" ([\d,.]+)[^|]*\|" * 8 + "$", re.M)
+    found = list(row.finditer(page.read_text()))
+    assert len(found) >= 6
+    for match in found:
+        cells = [float(cell.replace(",", "")) for cell in match.groups()[1:]]
+        full, own, window, heads, size, dense_gib, sink_mib, times = cells
+        shape = sizing.CacheShape(*map(int, (full, own, window, heads, size)), 2)
+        block = shape.pool_block_bytes(16)
+        dense = shape.request_blocks(None, 131_072, 1, 16) * block
+        sink = shape.request_blocks(RetentionPolicy(4, 1024), 131_072, 1, 16) * block
+        assert dense_gib == pytest.approx(dense / 2**30, abs=0.051), match["model"]
+        assert sink_mib == pytest.approx(sink / 2**20, abs=0.51), match["model"]
+        assert times == pytest.approx(dense / sink, abs=0.51), match["model"]

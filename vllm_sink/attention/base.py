@@ -1,0 +1,125 @@
+"""What the CPU path and the GPU path share: policy, rotation, layer settings.
+
+The policy travels like this: vLLM builds the layers under the engine's config,
+where :class:`SinkImplBase` reads it and remembers it for this process;
+``customize_spec``, which vLLM calls later without any config, puts it into the
+spec, which is pickled to the engine core. :class:`SinkBuilderBase` checks that
+spec and config agree, and tells each layer how its keys were rotated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from vllm.config import (
+    VllmConfig,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.policy.config import SinkConfig, validate_engine
+from vllm_sink.policy.layout import RetentionPolicy
+
+M = TypeVar("M")
+
+# The config of the engine whose layers were built last in this process.
+_engine_config = SinkConfig()
+
+
+def engine_config() -> SinkConfig:
+    """The config of the engine being built, or of the one built last."""
+    global _engine_config
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None:
+        _engine_config = validate_engine(vllm_config)
+    return _engine_config
+
+
+class SinkBuilderBase(AttentionMetadataBuilder[M]):
+    """Knows the policy of a group of layers and the rotation of their keys."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = validate_engine(vllm_config)
+        self.layers: dict[str, Any] = get_layers_from_vllm_config(
+            vllm_config, Attention, layer_names
+        )
+        self.block_size = kv_cache_spec.block_size
+        # id of a rotary table -> the rotation, for tables that turns need.
+        self.rotations: dict[int, Rotation] = {}
+        if isinstance(kv_cache_spec, SinkSpec):
+            self.policy = RetentionPolicy(
+                kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
+            )
+            assert self.policy == config.policy, (
+                f"spec has {self.policy}, config has {config.policy}"
+            )
+            self._find_rotations(config, vllm_config.model_config.max_model_len)
+        else:
+            windows = {layer.sliding_window for layer in self.layers.values()}
+            assert len(windows) == 1, f"one group, several windows: {windows}"
+            self.policy = RetentionPolicy(0, windows.pop())
+
+    def _find_rotations(self, config: SinkConfig, max_model_len: int) -> None:
+        reached = config.policy.budget < max_model_len
+        if config.sink_positions == "absolute" or not config.num_sink_tokens:
+            reached = False
+        for name, layer in self.layers.items():
+            if not reached:
+                layer.impl.rotation = None
+                continue
+            rotation = find_rotation(name, layer)
+            check_table(name, rotation, max_model_len)
+            layer.impl.rotation = rotation
+            self.rotations[id(rotation.cos_sin_cache)] = rotation
+
+
+class SinkImplBase(AttentionImpl[M]):
+    """One layer's settings, as vLLM gives them to an attention backend."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        engine_config()  # remembered for customize_spec
+        if alibi_slopes is not None:
+            raise ValueError(
+                "model must not use ALiBi with --attention-backend sink, got "
+                f"{len(alibi_slopes)} slopes; drop the flag"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or 0.0
+        self.writes_cache = kv_sharing_target_layer_name is None
+        self.sink_logits = sinks
+        # Set by the builder, which sees the layers; None: no turn.
+        self.rotation: Rotation | None = None

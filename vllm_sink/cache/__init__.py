@@ -1,0 +1,1 @@
+"""Which blocks a request holds: vLLM's spec, its manager, the counters."""

@@ -1,0 +1,312 @@
+"""The KV block manager that never evicts a sink block.
+
+vLLM's base manager assumes that what attention skips is a *head* of the
+request; here it is a gap in the middle. The five methods below put the sinks
+back. Gap entries become the null block, so a block's index still tells its
+position.
+
+Eviction order needs no code of its own: vLLM frees a request's blocks last
+block first, so in the LRU queue every sink block stands behind all blocks that
+are only useful with it, and a hit touches (and later frees again) both: no
+orphan tails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_sink.cache.metrics import metrics
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.policy.layout import cdiv
+
+logger = init_logger("vllm.plugins.sink")
+
+
+class SinkManager(SlidingWindowManager):
+    """Blocks of the layers under the sink policy (one KV cache group)."""
+
+    def __init__(self, kv_cache_spec: SinkSpec, **kwargs) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.policy = kv_cache_spec.policy
+        self.num_sink_blocks = self.policy.num_sink_blocks(self.block_size)
+        self.metrics = metrics()
+        self._log_policy(kv_cache_spec)
+
+    def _log_policy(self, spec: SinkSpec) -> None:
+        usable = self.block_pool.num_gpu_blocks - 1  # less the null block
+        cap = self.max_admission_blocks_per_request
+        assert cap is not None, "vLLM caps every subclass of SlidingWindowSpec"
+        logger.info(
+            "Sink policy: num_sink_tokens=%d window_size=%d sink_positions=%s "
+            "block_size=%d; a request holds at most %d blocks, so %d requests of "
+            "any length fit the pool of %d blocks.",
+            spec.num_sink_tokens,
+            spec.sliding_window,
+            spec.sink_positions,
+            self.block_size,
+            cap,
+            usable // cap,
+            usable,
+        )
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Length of the skipped *head*: none, the sinks stay.
+
+        The base class's other users of this number are overridden below; 0 is
+        the safe answer for any that a later vLLM adds.
+        """
+        return 0
+
+    # -- allocation ---------------------------------------------------------
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Free blocks that the request needs to reach ``num_tokens``.
+
+        A first allocation is charged for its new blocks and for the hit blocks
+        that nobody holds yet (touching takes them out of the free queue). The
+        admission cap bounds what the request *holds*, so the blocks of the hit
+        count against it, and the gap of the hit does not.
+        """
+        num_required = cdiv(num_tokens, self.block_size)
+        # Not num_cached_block: it has no entry before a first block is full.
+        if row := self.req_to_blocks.get(request_id):
+            assert not new_computed_blocks, "a running request has no new hits"
+            return max(num_required - len(row), 0)
+
+        first, last = self.policy.gap_blocks(total_computed_tokens, self.block_size)
+        num_held = num_required - (last - first)
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            num_held = min(num_held, self.max_admission_blocks_per_request)
+        hits = [*new_computed_blocks[:first], *new_computed_blocks[last:]]
+        num_new = max(num_held - len(hits), 0)
+        return num_new + self._get_num_evictable_blocks(hits)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Adopt a prefix hit: touch sinks and tail, null the gap."""
+        assert num_external_computed_tokens == 0, (
+            "KV connectors are refused at start; see config.validate_engine"
+        )
+        req_blocks = self.req_to_blocks[request_id]
+        assert not req_blocks, "only a first allocation adopts a prefix hit"
+        first, last = self.policy.gap_blocks(num_local_computed_tokens, self.block_size)
+        blocks = list(new_computed_blocks)
+        last = min(last, len(blocks))
+        if last > first:
+            blocks[first:last] = [self._null_block] * (last - first)
+        held = [block for block in blocks if not block.is_null]
+        if self.metrics and held:
+            self.metrics.add("vllm:sink_prefix_hits", 1)
+            self.metrics.add("vllm:sink_prefix_hit_tokens", num_local_computed_tokens)
+            self._count_live(blocks, references=0, sign=1)
+        if self.enable_caching:
+            self.block_pool.touch(held)
+        else:
+            assert not held, "no hits while prefix caching is disabled"
+        req_blocks.extend(blocks)
+        self.num_cached_block[request_id] = len(req_blocks)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        raise AssertionError(
+            "KV connectors are refused at start; see config.validate_engine"
+        )
+
+    # -- eviction -----------------------------------------------------------
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the blocks that lie wholly in the gap of the next query.
+
+        Amortised O(1) a token: ``_remove_blocks_in_range`` walks back from the
+        newest gap block and stops at the first that was freed before.
+        """
+        first, last = self.policy.gap_blocks(processed_computed_tokens, self.block_size)
+        free = self.block_pool.get_num_free_blocks()
+        self._remove_blocks_in_range(request_id, first, last)
+        if self.metrics and (freed := self.block_pool.get_num_free_blocks() - free):
+            self.metrics.add("vllm:sink_evicted_blocks", freed)
+            self.metrics.add("vllm:sink_live_blocks", -freed)
+
+    # -- metrics ------------------------------------------------------------
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.metrics and new:
+            start = len(self.req_to_blocks[request_id]) - len(new)
+            sinks = max(min(self.num_sink_blocks - start, len(new)), 0)
+            self.metrics.add("vllm:sink_live_blocks", len(new))
+            self.metrics.add("vllm:sink_pinned_blocks", sinks)
+        return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        if self.metrics:
+            self._count_live(blocks, references=1, sign=-1)
+        return blocks
+
+    def _count_live(
+        self, row: Sequence[KVCacheBlock], *, references: int, sign: int
+    ) -> None:
+        """Count those of a row's blocks that nobody else holds."""
+        assert self.metrics is not None
+        own = [not b.is_null and b.ref_cnt == references for b in row]
+        self.metrics.add("vllm:sink_live_blocks", sign * sum(own))
+        sinks = sum(own[: self.num_sink_blocks])
+        self.metrics.add("vllm:sink_pinned_blocks", sign * sinks)
+
+    # -- prefix cache -------------------------------------------------------
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Longest n (tokens) whose sink blocks and window blocks are cached.
+
+        A hit of n tokens needs the blocks that hold a sink and those covering
+        ``[n-W+1, n)``; the gap may be missing and comes back as null blocks.
+        One pass from the right: linear in the prompt's blocks.
+        """
+        assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
+        assert dcp_world_size == 1 and pcp_world_size == 1, (
+            "context parallelism is refused at start; see config.validate_engine"
+        )
+        block_size = kv_cache_spec.block_size
+        policy = kv_cache_spec.policy
+        hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            block_size,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
+        num_blocks = max_length // block_size
+        num_sink_blocks = min(policy.num_sink_blocks(block_size), num_blocks)
+        dropped = 1 if drop_eagle_block else 0
+
+        def cached(index: int) -> list[KVCacheBlock] | None:
+            return block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
+
+        def aligned(end: int) -> bool:
+            return (end - dropped) * block_size % alignment_tokens == 0
+
+        found: dict[int, list[KVCacheBlock]] = {}
+        for index in range(num_sink_blocks):
+            if (blocks := cached(index)) is None:
+                break
+            found[index] = blocks
+        end = len(found)  # a hit that ends within the sinks needs them alone
+        if end == num_sink_blocks:
+            needed = policy.blocks_before_hit(block_size) + dropped
+            run_end = None  # exclusive right edge of the run being grown
+            for index in range(num_blocks - 1, num_sink_blocks - 1, -1):
+                if needed == 0 and aligned(index + 1):
+                    end = index + 1
+                    break
+                blocks = cached(index)
+                if blocks is None:
+                    run_end = None
+                    continue
+                if run_end is None:
+                    if not aligned(index + 1):
+                        continue
+                    run_end = index + 1
+                found[index] = blocks
+                if run_end - index >= needed:
+                    end = run_end
+                    break
+            else:
+                # No full window of blocks: what is left of a run that reaches
+                # down to the sinks is a whole prefix, and a hit all the same.
+                end = run_end if run_end is not None else num_sink_blocks
+        while end > 0 and not aligned(end):
+            end -= 1
+        end = max(end - dropped, 0)
+        null = block_pool.null_block
+        first, last = policy.gap_blocks(end * block_size, block_size)
+        hit = tuple(
+            [
+                null if first <= index < last else found[index][group]
+                for index in range(end)
+            ]
+            for group in range(len(kv_cache_group_ids))
+        )
+        return hit, end * block_size
+
+    @classmethod
+    def reachable_block_mask(
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: KVCacheSpec,
+        use_eagle: bool,
+        retention_interval: int | None = None,
+        reachable_boundaries: Sequence[int] = (),
+        dcp_world_size: int = 1,
+        final_segment_end_block: int | None = None,
+    ) -> list[bool] | None:
+        """The sliding window's mask, with the sink blocks always cached."""
+        assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
+        mask = super().reachable_block_mask(
+            start_block,
+            end_block,
+            alignment_tokens,
+            kv_cache_spec,
+            use_eagle,
+            retention_interval,
+            reachable_boundaries,
+            dcp_world_size,
+            final_segment_end_block,
+        )
+        if mask is None:
+            return None
+        num_sink_blocks = kv_cache_spec.policy.num_sink_blocks(kv_cache_spec.block_size)
+        for index in range(start_block, min(num_sink_blocks, end_block)):
+            mask[index - start_block] = True
+        return mask

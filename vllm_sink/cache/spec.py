@@ -1,0 +1,88 @@
+"""What one sink layer asks of the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+
+from vllm_sink.policy.config import SinkConfig, SinkPositions
+from vllm_sink.policy.layout import RetentionPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkSpec(SlidingWindowSpec):
+    """A sliding window whose first ``num_sink_tokens`` tokens never leave.
+
+    Subclassing :class:`SlidingWindowSpec` gives vLLM's recycling-aware pool
+    sizing and admission cap: both read ``max_admission_blocks_per_request``.
+
+    Args:
+        num_sink_tokens: S, tokens.
+        sliding_window: W, tokens, the query's own included (inherited).
+        sink_positions: Carried for the engine core's log line; the block
+            manager does not depend on it.
+    """
+
+    num_sink_tokens: int
+    sink_positions: SinkPositions = "cache"
+
+    @classmethod
+    def from_full(cls, spec: FullAttentionSpec, config: SinkConfig) -> SinkSpec:
+        """The sink spec of a layer that would have had full attention."""
+        return cls(
+            block_size=spec.block_size,
+            dcp_sharded=spec.dcp_sharded,
+            max_tp_shards=spec.max_tp_shards,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            page_size_padded=spec.page_size_padded,
+            num_head_slots=spec.num_head_slots,
+            state_content_bytes=spec.state_content_bytes,
+            tokens_per_state=spec.tokens_per_state,
+            sliding_window=config.window_size,
+            num_sink_tokens=config.num_sink_tokens,
+            sink_positions=config.sink_positions,
+        )
+
+    @property
+    def policy(self) -> RetentionPolicy:
+        """The policy, with the extra tokens that vLLM asks to retain."""
+        return RetentionPolicy(
+            self.num_sink_tokens, self.sliding_window + self.extra_retained_tokens
+        )
+
+    @property
+    def num_retained_tokens(self) -> int:
+        """None: vLLM 0.33 would null the sinks' entries of the block table.
+
+        Its model runner V2 (the default on CUDA) points every entry below
+        ``num_computed_tokens - num_retained_tokens`` at the null block, block 0,
+        because a sliding window never reads a skipped head. Here the head is the
+        sinks. 0 switches that off; our kernels never read the gap's entries, so
+        stale ids there do no harm. vLLM 0.32 does not have the property.
+        """
+        return 0
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """Most blocks a request holds; see :meth:`RetentionPolicy.max_blocks`."""
+        return self.policy.max_blocks(
+            max_in_flight_tokens, max_model_len, self.block_size
+        )
+
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
+        return all(
+            isinstance(spec, SinkSpec) and spec.policy == self.policy
+            for spec in kv_cache_specs.values()
+        )

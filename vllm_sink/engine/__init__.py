@@ -1,0 +1,1 @@
+"""Where the plugin meets vLLM's engine and Ray."""

@@ -1,0 +1,133 @@
+"""Every touch of vLLM that depends on its version, in one place.
+
+Written for vLLM 0.32 and 0.33, run on 0.32.0; the block manager alone also on
+0.33.0's Python part. No function of vLLM is replaced.
+The backend's enum member gets a pickling method of its own: vLLM pickles the
+member by value into spawned processes, where it is looked up before plugins
+load, and an unknown value is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import cloudpickle
+
+from vllm_sink import __version__
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+BACKEND_NAME = "SINK"
+BACKEND_PATH = "vllm_sink.attention.backend.SinkBackend"
+
+
+def warn_if_unsupported() -> None:
+    """Warn, once a process, when vLLM is outside the supported range."""
+    import vllm
+
+    version = str(vllm.__version__)
+    match = re.match(r"(\d+\.\d+)", version)
+    if match is None or match.group(1) not in SUPPORTED_VLLM:
+        warnings.warn(
+            f"vllm-sink supports vLLM {' and '.join(SUPPORTED_VLLM)}, got "
+            f"{version}; without --attention-backend sink nothing changes, with it "
+            "install a supported version",
+            stacklevel=2,
+        )
+
+
+def register_backend_member() -> AttentionBackendEnum:
+    """Add ``SINK`` to vLLM's backend enum; idempotent. Returns the member."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum.__members__.get(BACKEND_NAME)
+    if member is None:
+        member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+        # Looked up on the member by copyreg/pickle, ahead of Enum's own.
+        member.__reduce_ex__ = _reduce_member
+    return member
+
+
+class _Member:
+    """What the member becomes in a pickle: a call of the function below."""
+
+    def __reduce__(self):
+        return restore_backend_member, (__version__,)
+
+
+def _reduce_member(protocol: int):
+    # By value: where this package is missing, its function must run all the same.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return cloudpickle.loads, (cloudpickle.dumps(_Member()),)
+
+
+def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
+    """Unpickle the member in another process, maybe on another machine.
+
+    vLLM's configuration holds the member and goes to every worker, so this is
+    where a node with another vllm-sink is found, before anything is loaded. The
+    code that runs is the sender's.
+
+    Raises:
+        RuntimeError: Names this node, its version ("none" if it has no
+            vllm-sink) and the sender's.
+    """
+    import socket
+
+    try:
+        from vllm_sink import __version__ as found
+    except ImportError:
+        found = "none"
+    if sender_version != found:
+        raise RuntimeError(
+            f"vllm-sink on node {socket.gethostname()} must be {sender_version} like "
+            f"the driver's, got {found}; install one version on every node"
+        )
+    from vllm_sink.engine.compat import register_backend_member
+
+    return register_backend_member()
+
+
+def register_kv_cache_spec() -> None:
+    """Tell vLLM which manager a :class:`SinkSpec` needs; idempotent.
+
+    vLLM's registry fills itself with the built-in specs only while it is
+    empty: registering ours first would hide them all.
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_sink.cache.block_manager import SinkManager
+    from vllm_sink.cache.spec import SinkSpec
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
+
+
+def register_variable(name: str) -> None:
+    """Tell vLLM of an environment variable that starts with ``VLLM_``; idempotent.
+
+    vLLM warns of one that it doesn't know, or refuses to start
+    (``--fail-on-environ-validation``). The prefix is what makes Ray's engine cores
+    inherit it. Its value as vLLM sees it is constant: vLLM makes all of them part
+    of its compile cache's key.
+    """
+    from vllm import envs
+
+    envs.environment_variables.setdefault(name, lambda: None)
+
+
+def cpu_platform_path() -> str | None:
+    """Path of our CPU platform class where vLLM's built-in detection says CPU."""
+    from vllm.platforms import builtin_platform_plugins
+
+    for name, detect in builtin_platform_plugins.items():
+        if name != "cpu" and detect() is not None:
+            return None
+    if builtin_platform_plugins["cpu"]() is None:
+        return None
+    return "vllm_sink.engine.platform.SinkCpuPlatform"

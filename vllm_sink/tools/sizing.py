@@ -1,0 +1,316 @@
+"""How many requests fit: ``python -m vllm_sink.tools.sizing --model MODEL``.
+
+Reads a model's configuration, allocates nothing, and prints the KV cache of
+stock vLLM (dense) against the sink policy. Blocks are counted by
+:class:`vllm_sink.policy.layout.RetentionPolicy`, as the block manager counts them;
+layers are grouped as vLLM groups them, padding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.layout import RetentionPolicy, cdiv
+
+BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
+MEMORY_UNITS = {
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+# With async scheduling, vLLM's default, one step runs while one is scheduled.
+CONCURRENT_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a model writes into the KV cache, for one GPU of the group.
+
+    Args:
+        num_full_layers: Layers with full attention: the policy's.
+        num_sliding_layers: Layers with a window of their own, which they keep.
+        sliding_window: Tokens of that window; 0 without such layers.
+        num_kv_heads: KV heads of one GPU.
+        head_size: Elements of one K (or V) vector.
+        bytes_per_value: Bytes of one element.
+    """
+
+    num_full_layers: int
+    num_sliding_layers: int
+    sliding_window: int
+    num_kv_heads: int
+    head_size: int
+    bytes_per_value: int
+
+    @property
+    def layer_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_size * self.bytes_per_value
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        layers = self.num_full_layers + self.num_sliding_layers
+        return layers * self.layer_bytes_per_token
+
+    @property
+    def layers_per_group(self) -> int:
+        """Layers that share a block table, as vLLM groups a hybrid model.
+
+        The smaller kind's number of layers, or the larger's when the two are
+        within half of each other; short groups are padded.
+        """
+        kinds = [n for n in (self.num_full_layers, self.num_sliding_layers) if n]
+        return max(kinds) if max(kinds) < 1.5 * min(kinds) else min(kinds)
+
+    def pool_block_bytes(self, block_size: int) -> int:
+        """Bytes of one block of the pool: ``block_size`` tokens of one group."""
+        return self.layers_per_group * block_size * self.layer_bytes_per_token
+
+    def request_blocks(
+        self,
+        policy: RetentionPolicy | None,
+        num_tokens: int,
+        in_flight_tokens: int,
+        block_size: int,
+    ) -> int:
+        """Most pool blocks that one request of ``num_tokens`` holds.
+
+        Args:
+            policy: The policy of the full-attention layers; None is dense.
+            num_tokens: Length of the request, prompt and answer.
+            in_flight_tokens: Its tokens scheduled and not yet settled.
+            block_size: Tokens a block.
+        """
+        dense = cdiv(num_tokens, block_size)
+        full = (
+            policy.max_blocks(in_flight_tokens, num_tokens, block_size)
+            if policy
+            else dense
+        )
+        blocks = cdiv(self.num_full_layers, self.layers_per_group) * full
+        if self.num_sliding_layers:
+            own = RetentionPolicy(0, self.sliding_window)
+            blocks += cdiv(
+                self.num_sliding_layers, self.layers_per_group
+            ) * own.max_blocks(in_flight_tokens, num_tokens, block_size)
+        return blocks
+
+
+def read_shape(
+    config: Any, dtype: str = "auto", tensor_parallel_size: int = 1
+) -> CacheShape:
+    """The cache shape of a Hugging Face ``config``.
+
+    Raises:
+        ValueError: A kind of attention that isn't counted here, by name.
+    """
+    text = config.get_text_config(decoder=True)
+
+    def get(name: str) -> Any:
+        return getattr(text, name, None)
+
+    for name, what in (
+        ("kv_lora_rank", "MLA"),
+        ("global_head_dim", "head sizes that differ between layers"),
+        ("block_configs", "blocks that differ between layers"),
+        ("layers_block_type", "state-space layers"),
+        ("hybrid_override_pattern", "state-space layers"),
+        ("attention_chunk_size", "chunked attention"),
+    ):
+        if get(name) is not None:
+            raise ValueError(
+                f"model must have plain attention layers, got {what} ({name}="
+                f"{get(name)!r}); read vLLM's own figure in its start-up log"
+            )
+    num_layers = text.num_hidden_layers
+    window = get("sliding_window")
+    if get("use_sliding_window") is False:
+        window = None
+    layer_types = (
+        get("layer_types")
+        or ["sliding_attention" if window else "full_attention"] * num_layers
+    )
+    # Layers that reuse the cache of an earlier layer write none of their own.
+    layer_types = layer_types[: num_layers - (get("num_kv_shared_layers") or 0)]
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(
+            "layer_types must be full_attention or sliding_attention, got "
+            f"{', '.join(sorted(unknown))}; read vLLM's own figure in its start-up log"
+        )
+    num_sliding = layer_types.count("sliding_attention")
+    if num_sliding and not window:
+        raise ValueError(
+            f"sliding_window must be a number of tokens, got {window!r} in a model "
+            f"with {num_sliding} sliding_attention layers; give it in config.json"
+        )
+    heads = text.num_attention_heads
+    if dtype == "auto":
+        dtype = str(get("dtype") or "bfloat16").removeprefix("torch.")
+    if dtype not in BYTES_PER_VALUE:
+        raise ValueError(
+            f"dtype must be one of {', '.join(BYTES_PER_VALUE)}, got {dtype!r}; "
+            "pass --dtype"
+        )
+    return CacheShape(
+        num_full_layers=len(layer_types) - num_sliding,
+        num_sliding_layers=num_sliding,
+        sliding_window=window if num_sliding else 0,
+        # Fewer KV heads than GPUs: vLLM replicates them.
+        num_kv_heads=max(
+            1, (get("num_key_value_heads") or heads) // tensor_parallel_size
+        ),
+        head_size=get("head_dim") or text.hidden_size // heads,
+        bytes_per_value=BYTES_PER_VALUE[dtype],
+    )
+
+
+def parse_memory(text: str) -> int:
+    """Bytes in ``16GiB``, ``80GB``, ``512 MiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in MEMORY_UNITS:
+        raise argparse.ArgumentTypeError(
+            f"memory must be a number and one of {', '.join(MEMORY_UNITS)}, got "
+            f"{text!r}; write for example 16GiB"
+        )
+    return int(float(match[1]) * MEMORY_UNITS[match[2].upper()])
+
+
+def format_bytes(size: float) -> str:
+    """``size`` in bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def rows(
+    shape: CacheShape,
+    policy: RetentionPolicy,
+    *,
+    memory: int,
+    num_tokens: int,
+    batched_tokens: int,
+    block_size: int,
+) -> list[tuple[str, str, str]]:
+    """(what, dense, sink) for every line of the table."""
+    block_bytes = shape.pool_block_bytes(block_size)
+    pool_blocks = memory // block_bytes
+    # Beyond the budget, a further token takes the place of an evicted one.
+    past = num_tokens > policy.budget
+    growing = 0 if past else shape.num_full_layers * shape.layer_bytes_per_token
+    table = [
+        (
+            "KV bytes written per token",
+            format_bytes(shape.bytes_per_token),
+            format_bytes(shape.bytes_per_token),
+        ),
+        (
+            "growth per token, full-attention layers",
+            format_bytes(shape.num_full_layers * shape.layer_bytes_per_token),
+            format_bytes(growing),
+        ),
+    ]
+    for name, in_flight in (
+        ("decoding", 1),
+        ("prefilling, at most", CONCURRENT_BATCHES * batched_tokens),
+    ):
+        blocks = [
+            shape.request_blocks(kind, num_tokens, in_flight, block_size)
+            for kind in (None, policy)
+        ]
+        dense, sink = (f"{n:,} blocks, {format_bytes(n * block_bytes)}" for n in blocks)
+        table.append((f"one request of {num_tokens:,} tokens, {name}", dense, sink))
+        dense, sink = (f"{pool_blocks / n:,.1f}" for n in blocks)
+        table.append((f"requests in {format_bytes(memory)}, all {name}", dense, sink))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_sink.tools.sizing")
+    add = parser.add_argument
+    add("--model", required=True, help="folder, config.json, or name on the Hub")
+    add("--memory", type=parse_memory, default="16GiB", help="one GPU's KV cache")
+    add("--max-model-len", type=int, help="default: the trained length")
+    add("--num-sink-tokens", type=int, default=SinkConfig.num_sink_tokens)
+    add("--window-size", type=int, default=SinkConfig.window_size)
+    add("--block-size", type=int, default=16, help="16 on GPUs, 128 on CPUs")
+    add("--dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
+    add("--tensor-parallel-size", type=int, default=1)
+    add("--max-num-batched-tokens", type=int, default=2048)
+    args = parser.parse_args(arguments)
+    for name in ("block_size", "tensor_parallel_size", "max_num_batched_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"{name} must be at least 1, got {getattr(args, name)}")
+
+    from transformers import AutoConfig
+
+    try:
+        policy = SinkConfig(args.num_sink_tokens, args.window_size).policy
+        config = AutoConfig.from_pretrained(args.model)
+        shape = read_shape(config, args.dtype, args.tensor_parallel_size)
+        trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+        num_tokens = args.max_model_len or trained
+        if not num_tokens or num_tokens < 1:
+            raise ValueError(
+                f"max_model_len must be at least 1, got {num_tokens}; pass "
+                "--max-model-len"
+            )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    layers = f"{shape.num_full_layers} full-attention layers"
+    if shape.num_sliding_layers:
+        layers += (
+            f", {shape.num_sliding_layers} with their own window of "
+            f"{shape.sliding_window:,}"
+        )
+    title = (
+        f"{os.path.basename(args.model.rstrip('/'))}: {layers}; on each of "
+        f"{args.tensor_parallel_size} GPU(s) {shape.num_kv_heads} KV heads of "
+        f"{shape.head_size}, {shape.bytes_per_value} bytes a value"
+    )
+    header = ("", "dense", f"sink {policy.num_sink_tokens}+{policy.window_size}")
+    lines = rows(
+        shape,
+        policy,
+        memory=args.memory,
+        num_tokens=num_tokens,
+        batched_tokens=args.max_num_batched_tokens,
+        block_size=args.block_size,
+    )
+    print_table(title, header, lines)
+
+
+def print_table(
+    title: str, header: tuple[str, str, str], lines: list[tuple[str, str, str]]
+) -> None:
+    """A rich table on a terminal, tab-separated lines in a pipe."""
+    if not sys.stdout.isatty():
+        for line in ((title,), header, *lines):
+            print(*line, sep="\t")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
