@@ -7,7 +7,8 @@ import torch
 
 from vllm_sink.attention import backend, base, cpu, gpu_support
 from vllm_sink.attention.backend import SinkBackend
-from vllm_sink.policy.config import SinkConfig, validate_engine
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.refusals import validate_engine
 
 SELECTOR = {
     "head_size": 128,

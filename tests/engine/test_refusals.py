@@ -16,7 +16,8 @@ from vllm_sink import __version__
 from vllm_sink.attention import rotation
 from vllm_sink.cache import metrics
 from vllm_sink.engine import compat
-from vllm_sink.policy.config import SinkConfig, validate_engine
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.refusals import validate_engine
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
 from vllm_sink.cache.spec import SinkSpec
-from vllm_sink.policy.config import SinkConfig, validate_engine
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.policy.refusals import validate_engine
 
 M = TypeVar("M")
 

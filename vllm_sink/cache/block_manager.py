@@ -110,7 +110,7 @@ class SinkManager(SlidingWindowManager):
     ) -> None:
         """Adopt a prefix hit: touch sinks and tail, null the gap."""
         assert num_external_computed_tokens == 0, (
-            "KV connectors are refused at start; see config.validate_engine"
+            "KV connectors are refused at start; see policy.refusals"
         )
         req_blocks = self.req_to_blocks[request_id]
         assert not req_blocks, "only a first allocation adopts a prefix hit"
@@ -138,9 +138,7 @@ class SinkManager(SlidingWindowManager):
         num_external_computed_tokens: int,
         record_for_zeroing: bool = True,
     ) -> None:
-        raise AssertionError(
-            "KV connectors are refused at start; see config.validate_engine"
-        )
+        raise AssertionError("KV connectors are refused at start; see policy.refusals")
 
     # -- eviction -----------------------------------------------------------
 
@@ -214,7 +212,7 @@ class SinkManager(SlidingWindowManager):
         """
         assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
         assert dcp_world_size == 1 and pcp_world_size == 1, (
-            "context parallelism is refused at start; see config.validate_engine"
+            "context parallelism is refused at start; see policy.refusals"
         )
         block_size = kv_cache_spec.block_size
         policy = kv_cache_spec.policy

@@ -15,7 +15,7 @@ from vllm.platforms import builtin_platform_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_sink.engine import compat
-from vllm_sink.policy import config
+from vllm_sink.policy import refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,8 +54,8 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
             from vllm_sink.engine.ray_executor import CpuRayExecutor
 
             vllm_config.parallel_config.distributed_executor_backend = CpuRayExecutor
-        if config.is_selected(vllm_config):
-            config.validate_engine(vllm_config)
+        if refusals.is_selected(vllm_config):
+            refusals.validate_engine(vllm_config)
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:

@@ -3,19 +3,16 @@
 ``--additional-config '{"sink": {"num_sink_tokens": 4, "window_size": 1024}}'``
 on the command line, the same dict as ``LLM(additional_config=...)``. vLLM
 carries ``additional_config`` to every process, Ray workers included, which
-environment variables don't reach.
+environment variables don't reach. Whether an engine can honour them is asked in
+:mod:`vllm_sink.policy.refusals`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vllm_sink.policy.layout import RetentionPolicy
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 SECTION = "sink"
 SinkPositions = Literal["cache", "absolute"]
@@ -95,85 +92,4 @@ def _require_int(name: str, value: Any, *, minimum: int) -> None:
         raise ValueError(
             f"sink.{name} must be an integer >= {minimum}, got {value!r}; give a "
             f"number of tokens of at least {minimum}"
-        )
-
-
-def is_selected(vllm_config: VllmConfig) -> bool:
-    """Whether ``--attention-backend sink`` was given (for any group of layers)."""
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(getattr(backend, "name", None) == "SINK" for backend in chosen)
-
-
-def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
-    """Refuse settings that the sink policy cannot honour.
-
-    Raises:
-        ValueError: Names the setting, its value and the remedy.
-    """
-    config = SinkConfig.from_additional_config(vllm_config.additional_config)
-    parallel = vllm_config.parallel_config
-    for name, size in (
-        ("decode_context_parallel_size", parallel.decode_context_parallel_size),
-        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
-    ):
-        if size > 1:
-            raise ValueError(
-                f"{name} must be 1 with --attention-backend sink, got {size}; a "
-                "bounded context needs no context parallelism: use tensor "
-                "parallelism"
-            )
-    if vllm_config.kv_transfer_config is not None:
-        connector = vllm_config.kv_transfer_config.kv_connector
-        if connector is not None:
-            raise ValueError(
-                "kv_connector must be unset with --attention-backend sink, got "
-                f"{connector!r}; connectors assume append-only blocks: drop "
-                "--kv-transfer-config"
-            )
-    model = vllm_config.model_config
-    if model is not None:
-        if model.use_mla:
-            raise ValueError(
-                f"model must not use MLA with --attention-backend sink, got "
-                f"{model.model!r}; serve it with vLLM's own MLA backend"
-            )
-        if model.is_encoder_decoder:
-            raise ValueError(
-                "model must be decoder-only with --attention-backend sink, got the "
-                f"encoder-decoder {model.model!r}; drop --attention-backend sink"
-            )
-    if config.triton_interpreter:
-        _require_interpreter(model)
-    return config
-
-
-def _require_interpreter(model: Any) -> None:
-    """Refuse ``triton_interpreter`` where the kernels would not be interpreted."""
-    import torch
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise ValueError(
-            "sink.triton_interpreter must be false on a GPU, got true; it is for "
-            "machines without one: remove it"
-        )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted:
-        import triton.language as tl
-
-        # Triton decorates its own library as it is imported.
-        interpreted = type(tl.cdiv).__name__ == "InterpretedFunction"
-    if not interpreted:
-        raise ValueError(
-            "TRITON_INTERPRET must be 1 before Triton is imported with "
-            "sink.triton_interpreter, got "
-            f"{os.environ.get('TRITON_INTERPRET')!r} then or now; set it in the "
-            "environment of the process"
-        )
-    if model is not None and model.dtype == torch.bfloat16:
-        raise ValueError(
-            "dtype must be float32 or float16 with sink.triton_interpreter, got "
-            "bfloat16, which Triton's interpreter multiplies wrongly; pass --dtype "
-            "float32"
         )

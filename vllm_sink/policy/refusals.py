@@ -1,0 +1,170 @@
+"""What an engine's settings ask for that the policy can't honour.
+
+Each check is one function below: it looks at vLLM's configuration and yields what
+must change, as a :class:`Refusal`. They need the configuration alone, no engine:
+the start raises the first (:func:`validate_engine`), a check before the start
+lists them all (:func:`find_refusals`). What only a loaded model can tell is
+refused where it is seen, in :mod:`vllm_sink.attention`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_sink.policy.config import SinkConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One setting that must change.
+
+    Args:
+        name: The setting.
+        constraint: What it must be, as a clause: "must be 1 with …".
+        value: What it is, as shown to the user.
+        remedy: What to do, in words that can be typed.
+    """
+
+    name: str
+    constraint: str
+    value: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.constraint}, got {self.value}; {self.remedy}"
+
+
+Check = Callable[["VllmConfig", SinkConfig], Iterator[Refusal]]
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether ``--attention-backend sink`` was given (for any group of layers)."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(getattr(backend, "name", None) == "SINK" for backend in chosen)
+
+
+def find_refusals(
+    vllm_config: VllmConfig, config: SinkConfig | None = None
+) -> list[Refusal]:
+    """All that must change before an engine of this configuration can start.
+
+    Raises:
+        ValueError: The ``sink`` section itself can't be read.
+    """
+    if config is None:
+        config = SinkConfig.from_additional_config(vllm_config.additional_config)
+    return [refusal for check in CHECKS for refusal in check(vllm_config, config)]
+
+
+def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
+    """The policy's settings, if the engine can honour them.
+
+    Raises:
+        ValueError: Names the setting, its value and the remedy.
+    """
+    config = SinkConfig.from_additional_config(vllm_config.additional_config)
+    for check in CHECKS:
+        for refusal in check(vllm_config, config):
+            raise ValueError(str(refusal))
+    return config
+
+
+def _context_parallel(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            yield Refusal(
+                name,
+                "must be 1 with --attention-backend sink",
+                str(getattr(parallel, name)),
+                "a bounded context needs no context parallelism: use tensor "
+                "parallelism",
+            )
+
+
+def _kv_connector(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        yield Refusal(
+            "kv_connector",
+            "must be unset with --attention-backend sink",
+            repr(transfer.kv_connector),
+            "connectors assume append-only blocks: drop --kv-transfer-config",
+        )
+
+
+def _kind_of_model(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    model = vllm_config.model_config
+    if model is None:
+        return
+    if model.use_mla:
+        yield Refusal(
+            "model",
+            "must not use MLA with --attention-backend sink",
+            repr(model.model),
+            "serve it with vLLM's own MLA backend",
+        )
+    if model.is_encoder_decoder:
+        yield Refusal(
+            "model",
+            "must be decoder-only with --attention-backend sink",
+            f"the encoder-decoder {model.model!r}",
+            "drop --attention-backend sink",
+        )
+
+
+def _interpreter(vllm_config: VllmConfig, config: SinkConfig) -> Iterator[Refusal]:
+    """``triton_interpreter`` where the kernels would not be interpreted."""
+    if not config.triton_interpreter:
+        return
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield Refusal(
+            "sink.triton_interpreter",
+            "must be false on a GPU",
+            "true",
+            "it is for machines without one: remove it",
+        )
+        return
+    if not _is_interpreted():
+        yield Refusal(
+            "TRITON_INTERPRET",
+            "must be 1 before Triton is imported with sink.triton_interpreter",
+            f"{os.environ.get('TRITON_INTERPRET')!r} then or now",
+            "set it in the environment of the process",
+        )
+    model: Any = vllm_config.model_config
+    if model is not None and model.dtype == torch.bfloat16:
+        yield Refusal(
+            "dtype",
+            "must be float32 or float16 with sink.triton_interpreter",
+            "bfloat16, which Triton's interpreter multiplies wrongly",
+            "pass --dtype float32",
+        )
+
+
+def _is_interpreted() -> bool:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    import triton.language as tl
+
+    # Triton decorates its own library as it is imported.
+    return type(tl.cdiv).__name__ == "InterpretedFunction"
+
+
+# In the order in which the start tells of them.
+CHECKS: tuple[Check, ...] = (
+    _context_parallel,
+    _kv_connector,
+    _kind_of_model,
+    _interpreter,
+)
