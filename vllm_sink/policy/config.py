@@ -9,9 +9,18 @@ environment variables don't reach. Whether an engine can honour them is asked in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from vllm_sink.policy.head_map import (
+    HeadMap,
+    ModelShape,
+    check_fraction,
+    check_model,
+    read_scores,
+    recommended_fraction,
+    select,
+)
 from vllm_sink.policy.layout import RetentionPolicy
 
 SECTION = "sink"
@@ -29,6 +38,14 @@ class SinkConfig:
         sink_positions: ``cache`` caps a sink's distance at S+W-1, so distances
             stay within the trained range on endless streams; ``absolute``
             leaves it as it is.
+        retrieval_heads: Which KV heads keep more than the policy: a score for each,
+            [layers][KV heads], or the path of a pattern file, or paths of several
+            (:mod:`vllm_sink.policy.head_map` lists the formats). None: no head.
+        retrieval_fraction: 0 to 1, how many KV heads are retrieval heads, the best
+            by score. None: what the ``config.json`` beside the file recommends,
+            else those with a score of at least 0.5.
+        retrieval_layers: Layers whose KV heads are all retrieval heads.
+        retrieval_window_size: W of the retrieval heads; None keeps everything.
         triton_interpreter: For debugging and tests: the CPU serves through the GPU
             path, its kernels interpreted (milliseconds a program, fp32 or fp16).
             Needs ``TRITON_INTERPRET=1`` in the environment.
@@ -37,6 +54,10 @@ class SinkConfig:
     num_sink_tokens: int = 4
     window_size: int = 1024
     sink_positions: SinkPositions = "cache"
+    retrieval_heads: Any = None
+    retrieval_fraction: float | None = None
+    retrieval_layers: tuple[int, ...] | None = None
+    retrieval_window_size: int | None = None
     triton_interpreter: bool = False
 
     def __post_init__(self) -> None:
@@ -48,11 +69,94 @@ class SinkConfig:
                 f"{self.sink_positions!r}; 'cache' suits streams past the trained "
                 "length"
             )
+        self._check_retrieval()
         if not isinstance(self.triton_interpreter, bool):
             raise ValueError(
                 "sink.triton_interpreter must be true or false, got "
                 f"{self.triton_interpreter!r}; leave it out to serve normally"
             )
+
+    def _check_retrieval(self) -> None:
+        layers = self.retrieval_layers
+        if layers is not None:
+            if not isinstance(layers, (list, tuple)) or any(
+                isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers
+            ):
+                raise ValueError(
+                    "sink.retrieval_layers must be a list of layer indices from 0, got "
+                    f"{layers!r}; write for example [0, 5]"
+                )
+            object.__setattr__(self, "retrieval_layers", tuple(layers))
+        if self.retrieval_fraction is not None:
+            check_fraction(self.retrieval_fraction, "sink.retrieval_fraction")
+            if self.retrieval_heads is None:
+                raise ValueError(
+                    "sink.retrieval_fraction must be left out without "
+                    f"sink.retrieval_heads, got {self.retrieval_fraction!r}; give a "
+                    "pattern file to choose from: `vllm-sink heads` writes one"
+                )
+        if self.retrieval_window_size is not None:
+            _require_int("retrieval_window_size", self.retrieval_window_size, minimum=1)
+            if not self.has_retrieval:
+                raise ValueError(
+                    "sink.retrieval_window_size must be left out without "
+                    "sink.retrieval_heads or sink.retrieval_layers, got "
+                    f"{self.retrieval_window_size!r}; say which heads it is for"
+                )
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether retrieval heads are asked for, though there may be none."""
+        return self.retrieval_heads is not None or self.retrieval_layers is not None
+
+    @property
+    def head_map(self) -> HeadMap | None:
+        """The chosen heads; None without. Settings must be :meth:`resolved`."""
+        if not self.has_retrieval:
+            return None
+        assert isinstance(self.retrieval_heads, (list, tuple)), (
+            "retrieval_heads are resolved where the engine is configured, got "
+            f"{self.retrieval_heads!r}"
+        )
+        return select(self.retrieval_heads)
+
+    def resolved(self, shape: ModelShape) -> SinkConfig:
+        """Files read, fraction and layers applied: ``retrieval_heads`` of 0 and 1.
+
+        Resolving again changes nothing.
+
+        Raises:
+            ValueError: A file or a map that doesn't fit the model, by name.
+        """
+        if not self.has_retrieval:
+            return self
+        for layer in self.retrieval_layers or ():
+            if layer >= shape.num_layers:
+                raise ValueError(
+                    f"sink.retrieval_layers must be below {shape.num_layers}, the "
+                    f"layers of {shape.name}, got {layer}; the first layer is 0"
+                )
+        scores = [[0.0] * shape.num_kv_heads] * shape.num_layers
+        fraction = self.retrieval_fraction
+        if self.retrieval_heads is not None:
+            check_model(self.retrieval_heads, shape)
+            scores = read_scores(self.retrieval_heads, shape)
+            if fraction is None:
+                fraction = recommended_fraction(self.retrieval_heads)
+        chosen = select(scores, fraction, self.retrieval_layers or ())
+        return replace(
+            self,
+            retrieval_heads=chosen.values(),
+            retrieval_fraction=None,
+            retrieval_layers=None,
+        )
+
+    @property
+    def retrieval_policy(self) -> RetentionPolicy | None:
+        """The policy of the retrieval heads; None keeps everything."""
+        if self.retrieval_window_size is None:
+            return None
+        return RetentionPolicy(self.num_sink_tokens, self.retrieval_window_size)
 
     @property
     def policy(self) -> RetentionPolicy:

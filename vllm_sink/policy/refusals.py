@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.resolve import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,17 +60,19 @@ def find_refusals(
         ValueError: The ``sink`` section itself can't be read.
     """
     if config is None:
-        config = SinkConfig.from_additional_config(vllm_config.additional_config)
+        config = resolve(vllm_config)
     return [refusal for check in CHECKS for refusal in check(vllm_config, config)]
 
 
 def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
     """The policy's settings, if the engine can honour them.
 
+    Pattern files are read by the first call: see :mod:`vllm_sink.policy.resolve`.
+
     Raises:
         ValueError: Names the setting, its value and the remedy.
     """
-    config = SinkConfig.from_additional_config(vllm_config.additional_config)
+    config = resolve(vllm_config)
     for check in CHECKS:
         for refusal in check(vllm_config, config):
             raise ValueError(str(refusal))

@@ -1,0 +1,238 @@
+"""Patterns that people have become one head map, or are refused by name."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.head_map import (
+    HeadMap,
+    ModelShape,
+    heads_of_rank,
+    read_scores,
+    select,
+)
+from vllm_sink.policy.resolve import resolve
+
+SHAPE = ModelShape(3, 2, 6, (("model_type", "llama"), ("hidden_size", 64)), "tiny")
+SCORES = [[0.1, 0.9], [0.5, 0.9], [0.0, 0.2]]
+
+
+def write_tsv(folder, values, config=None) -> str:
+    """A pattern as DuoAttention saves it."""
+    path = folder / "full_attention_heads.tsv"
+    np.savetxt(path, np.array(values), delimiter="\t")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def retrieval(config: SinkConfig) -> list[list[int]]:
+    return config.resolved(SHAPE).head_map.values()
+
+
+class TestSelect:
+    def test_threshold(self):
+        assert select(SCORES).values() == [[0, 1], [1, 1], [0, 0]]
+
+    @pytest.mark.parametrize(
+        "fraction, count", [(0, 0), (0.25, 2), (0.5, 3), (0.75, 5), (1, 6)]
+    )
+    def test_fraction_is_rounded_halves_up(self, fraction, count):
+        assert select(SCORES, fraction).num_retrieval_heads == count
+
+    def test_ties_go_to_the_lower_layer_then_head(self):
+        ties = [[0.7, 0.7], [1.0, 0.7], [0.7, 0.7]]
+        assert select(ties, 0.5).values() == [[1, 1], [1, 0], [0, 0]]
+
+    def test_layers_come_whatever_the_scores(self):
+        assert select(SCORES, 0.17, [2]).values() == [[0, 1], [0, 0], [1, 1]]
+
+    def test_kinds(self):
+        assert select(SCORES).splits_layers
+        assert not select(SCORES, 0, [1]).splits_layers
+        assert select(SCORES, 1).is_uniform and select(SCORES, 0).is_uniform
+        assert not select(SCORES, 0.5).is_uniform
+
+    def test_ranks(self):
+        heads = HeadMap(((True, False, False, True), (True, True, False, False)))
+        assert heads_of_rank(1, 2, 4) == range(2, 4)
+        assert [heads.count(heads_of_rank(r, 2, 4)) for r in range(2)] == [3, 1]
+        # more ranks than heads: a head is on several
+        assert [heads_of_rank(r, 8, 4)[0] for r in range(8)] == [
+            *(0, 0, 1, 1),
+            *(2, 2, 3, 3),
+        ]
+
+
+class TestFormats:
+    def test_all_give_the_same_map(self, tmp_path):
+        (tmp_path / "kvzip.json").write_text(json.dumps(SCORES))
+        torch.save(torch.tensor(SCORES, dtype=torch.float16), tmp_path / "kvzip.pt")
+        # Query heads, three a KV head: the best one's mean is the KV head's score.
+        trials = {
+            f"{i}-{3 * j + k}": [x - 0.1, x + 0.1] if k == 1 else [0.0]
+            for i, layer in enumerate(SCORES)
+            for j, x in enumerate(layer)
+            for k in range(3)
+        }
+        (tmp_path / "query.json").write_text(json.dumps(trials))
+        sources = [
+            SCORES,
+            write_tsv(tmp_path, SCORES),
+            *(
+                str(tmp_path / name)
+                for name in ("kvzip.json", "kvzip.pt", "query.json")
+            ),
+        ]
+        for source in sources:
+            scores = read_scores(source, SHAPE)
+            assert np.allclose(scores, SCORES, atol=1e-3), source
+            assert select(scores, 0.5) == select(SCORES, 0.5), source
+
+    def test_tsv_is_clipped(self, tmp_path):
+        path = write_tsv(tmp_path, [[-0.3, 1.7], [0.2, 1.2], [0.5, 0.5]])
+        assert read_scores(path, SHAPE) == [[0, 1], [0.2, 1], [0.5, 0.5]]
+
+    def test_several_files_give_the_maximum(self, tmp_path):
+        paths = []
+        for index in range(2):
+            scores = torch.zeros(3, 2, dtype=torch.bfloat16)
+            scores[index, index] = 1
+            torch.save(scores, tmp_path / f"{index}.pt")
+            paths.append(str(tmp_path / f"{index}.pt"))
+        assert read_scores(paths, SHAPE) == [[1, 0], [0, 1], [0, 0]]
+
+    def test_recommendation_beside_the_file(self, tmp_path):
+        path = write_tsv(tmp_path, SCORES, {"retrieval_fraction": 0.34})
+        assert retrieval(SinkConfig(retrieval_heads=path)) == [[0, 1], [0, 1], [0, 0]]
+        asked = SinkConfig(retrieval_heads=path, retrieval_fraction=0.5)
+        assert retrieval(asked) == [[0, 1], [1, 1], [0, 0]]
+
+    def test_a_duo_config_without_recommendation(self, tmp_path):
+        path = write_tsv(tmp_path, SCORES, {"sink_size": 64, "recent_size": 256})
+        assert retrieval(SinkConfig(retrieval_heads=path)) == [[0, 1], [1, 1], [0, 0]]
+
+
+class TestResolve:
+    def test_values_replace_the_path_and_nothing_else(self, tmp_path):
+        path = write_tsv(tmp_path, SCORES)
+        section = {
+            "num_sink_tokens": 2,
+            "retrieval_heads": path,
+            "retrieval_fraction": 0.34,
+            "retrieval_layers": [2],
+            "retrieval_window_size": 100,
+        }
+        given = {"sink": section, "other": 1}
+        engine = vllm_config(given)
+        config = resolve(engine)
+        assert given["sink"] is section and section["retrieval_heads"] == path
+        assert engine.additional_config == {
+            "sink": {
+                "num_sink_tokens": 2,
+                "retrieval_heads": [[0, 1], [0, 1], [1, 1]],
+                "retrieval_window_size": 100,
+            },
+            "other": 1,
+        }
+        assert json.dumps(engine.additional_config)  # part of a cache key of vLLM's
+        (tmp_path / "full_attention_heads.tsv").unlink()  # no one reads it again
+        before = engine.additional_config
+        assert resolve(engine) == config
+        assert engine.additional_config is before
+
+    def test_without_heads_nothing_changes(self):
+        engine = vllm_config({"sink": {"num_sink_tokens": 2}})
+        before = engine.additional_config
+        assert resolve(engine) == SinkConfig(num_sink_tokens=2)
+        assert engine.additional_config is before
+        assert SinkConfig().head_map is None
+
+
+def vllm_config(additional_config):
+    text = SimpleNamespace(num_attention_heads=6, model_type="llama", hidden_size=64)
+    model = SimpleNamespace(
+        hf_text_config=text,
+        model="tiny",
+        get_total_num_hidden_layers=lambda: 3,
+        get_total_num_kv_heads=lambda: 2,
+    )
+    return SimpleNamespace(additional_config=additional_config, model_config=model)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"retrieval_heads": 3}, "retrieval_heads must be .*got 3; "),
+            ({"retrieval_heads": []}, r"retrieval_heads must be .*got \[\]"),
+            ({"retrieval_heads": [[1, 0]] * 4}, "3 layers x 2 KV .*4 layers x 2 heads"),
+            ({"retrieval_heads": [[1]] * 3}, "3 layers x 2 KV heads.*3 layers x 1"),
+            ({"retrieval_heads": [[1, 0], [1], [1, 0]]}, "3 layers x 1 or 2 heads"),
+            ({"retrieval_heads": [[1, "x"], [1, 0], [1, 0]]}, "'x' at layer 0, head 1"),
+            ({"retrieval_heads": [[1, 0], [1, math.nan], [1, 0]]}, "layer 1, head 1"),
+            ({"retrieval_heads": [[1, 0], [1, math.inf], [1, 0]]}, "got inf at layer"),
+            ({"retrieval_heads": SCORES, "retrieval_fraction": 1.5}, "0 to 1, got 1.5"),
+            ({"retrieval_heads": SCORES, "retrieval_fraction": True}, "got True"),
+            ({"retrieval_heads": SCORES, "retrieval_fraction": math.nan}, "got nan"),
+            ({"retrieval_fraction": 0.5}, "left out without sink.retrieval_heads"),
+            ({"retrieval_window_size": 9}, "without .*heads or sink.retrieval_layers"),
+            (
+                {"retrieval_layers": [1], "retrieval_window_size": 0},
+                "retrieval_window_size must be an integer >= 1, got 0",
+            ),
+            ({"retrieval_layers": [3]}, "retrieval_layers must be below 3.*got 3"),
+            ({"retrieval_layers": [-1]}, "retrieval_layers must be .*got .-1"),
+            ({"retrieval_layers": 1}, "retrieval_layers must be a list .*got 1"),
+        ],
+    )
+    def test_values(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            SinkConfig(**settings).resolved(SHAPE)
+
+    def test_files(self, tmp_path):
+        def refused(name, content, message):
+            path = tmp_path / name
+            if isinstance(content, str):
+                path.write_text(content)
+            elif content is not None:
+                torch.save(content, path)
+            with pytest.raises(ValueError, match=message) as error:
+                read_scores(str(path), SHAPE)
+            assert name in str(error.value)
+
+        refused("none.tsv", None, "readable file")
+        refused("heads.npy", "", "must end in .json, .pt, .tsv, .txt")
+        refused(
+            "text.tsv", "layer\thead\n", "could not be read as .tsv: could not conv"
+        )
+        refused("nan.tsv", "1\t0\n1\tnan\n1\t0\n", "nan at layer 1, head 1")
+        refused("other.tsv", "1\t0\n" * 32, "3 layers x 2 KV heads.*32 layers")
+        refused("text.pt", "no tensor", "could not be read as .pt")
+        refused("dict.pt", {"a": torch.zeros(1)}, "a tensor was expected, got a dict")
+        refused("deep.pt", torch.zeros(3, 2, 5), "layer 0, head 0")
+        refused("flat.pt", torch.zeros(3), "got no table")
+        refused("object.pt", SimpleNamespace(a=1), "could not be read as .pt")
+        refused("broken.json", "{", "could not be read as .json")
+        refused("number.json", "7", "got no table")
+        refused("few.json", '{"0-0": [1]}', "3 layers x 6 query heads.*has 1 and not")
+        keys = [f"{i}-{j}" for i in range(3) for j in range(6)]
+        empty = json.dumps({key: [] for key in keys})
+        refused("empty.json", empty, "nan at layer 0, head 0")
+        more = json.dumps({key: [1] for key in [*keys, "3-0"]})
+        refused("more.json", more, "more than those '3-0'")
+
+    def test_another_model_by_the_config_beside(self, tmp_path):
+        path = write_tsv(tmp_path, SCORES, {"hidden_size": 64, "model_type": "llama"})
+        assert retrieval(SinkConfig(retrieval_heads=path))
+        path = write_tsv(tmp_path, SCORES, {"hidden_size": 128})
+        with pytest.raises(ValueError, match="found for a model with hidden_size=128"):
+            SinkConfig(retrieval_heads=path).resolved(SHAPE)
+        path = write_tsv(tmp_path, SCORES, {"retrieval_fraction": "half"})
+        with pytest.raises(ValueError, match=r"retrieval_fraction of the config\.json"):
+            SinkConfig(retrieval_heads=path).resolved(SHAPE)

@@ -1,0 +1,54 @@
+"""The ``sink`` section as values: pattern files are read here, once.
+
+The first caller is the process that configures the engine. What it read replaces
+the path in ``additional_config``, which vLLM carries to every process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_sink.policy.config import SECTION, SinkConfig
+from vllm_sink.policy.head_map import FACTS, ModelShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def resolve(vllm_config: VllmConfig) -> SinkConfig:
+    """The settings, and ``vllm_config``'s section with values for paths.
+
+    Raises:
+        ValueError: The section, a file or its shape, by name.
+    """
+    config = SinkConfig.from_additional_config(vllm_config.additional_config)
+    model = vllm_config.model_config
+    if not config.has_retrieval or model is None:
+        return config
+    resolved = config.resolved(model_shape(model))
+    section = {
+        field.name: getattr(resolved, field.name)
+        for field in fields(resolved)
+        if getattr(resolved, field.name) != field.default
+    }
+    if section != vllm_config.additional_config[SECTION]:
+        # A new dict: the user's own stays as it is.
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            SECTION: section,
+        }
+    return resolved
+
+
+def model_shape(model_config: Any) -> ModelShape:
+    """The attention heads of vLLM's ``ModelConfig``."""
+    text = model_config.hf_text_config
+    facts = tuple((name, getattr(text, name, None)) for name in FACTS)
+    return ModelShape(
+        num_layers=model_config.get_total_num_hidden_layers(),
+        num_kv_heads=model_config.get_total_num_kv_heads(),
+        num_heads=text.num_attention_heads,
+        facts=tuple(fact for fact in facts if fact[1] is not None),
+        name=model_config.model,
+    )
