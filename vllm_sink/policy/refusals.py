@@ -164,10 +164,22 @@ def _is_interpreted() -> bool:
     return type(tl.cdiv).__name__ == "InterpretedFunction"
 
 
+def _retrieval_heads(_: VllmConfig, config: SinkConfig) -> Iterator[Refusal]:
+    heads = config.head_map
+    if heads is not None and heads.num_retrieval_heads:
+        yield Refusal(
+            "sink.retrieval_heads",
+            "must choose no head in this version, whose layers don't use it",
+            f"{heads.num_retrieval_heads} of {heads.num_heads}",
+            "leave sink.retrieval_heads and sink.retrieval_layers out",
+        )
+
+
 # In the order in which the start tells of them.
 CHECKS: tuple[Check, ...] = (
     _context_parallel,
     _kv_connector,
     _kind_of_model,
+    _retrieval_heads,
     _interpreter,
 )
