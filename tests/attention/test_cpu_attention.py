@@ -8,6 +8,8 @@ import pytest
 import torch
 from vllm_sink_kernels import reference
 from vllm_sink_kernels.cpu import attention, decode, write
+from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from vllm_sink.attention.rotation import Rotation
 
@@ -44,6 +46,11 @@ def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
     return q, pages, table, starts, [seq_len for _, seq_len in lengths]
 
 
+def attend(q, pages, plan, out, **options):
+    """All heads of one kind, kept in one tensor."""
+    attention.attend(q, HeadCaches.of_layer(pages), plan, out, **options)
+
+
 def table_rows(rotary_dim: int) -> torch.Tensor:
     frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
     angle = torch.arange(400)[:, None] * frequency
@@ -64,26 +71,24 @@ def test_attend_equals_reference(
     q, pages, table, starts, seq_lens = make_batch(heads, kv_heads, lengths, policy)
     sinks, window = policy
     logits = torch.randn(heads) if with_logits else None
-    turn, rows, is_neox = None, None, True
+    turns, rows, is_neox = None, None, True
     if rotary is not None:
         rotary_dim, is_neox = rotary
         rows = table_rows(rotary_dim)
         positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
-        turn = (*Rotation(rows, is_neox).turn(positions, sinks + window), is_neox)
+        pair = Rotation(rows, is_neox).turn(positions, sinks + window)
+        turns = Turns((pair,), is_neox)
     tiles = attention.plan(
-        table,
+        [Kind(table, *policy)],
         starts,
         seq_lens,
-        num_sink_tokens=sinks,
-        window_size=window,
         block_size=SIZE,
-        tile_queries=64,
         decode_queries=decode_queries,
     )
     out = torch.full_like(q, float("nan"))
     scale = DIM**-0.5
     common = dict(scale=scale, soft_cap=soft_cap, sink_logits=logits)
-    attention.attend(q, pages, tiles, out, turn=turn, **common)
+    attend(q, pages, tiles, out, turns=turns, **common)
     want = reference.sink_attention(
         q,
         pages[:, :, :SIZE].transpose(1, 2),
@@ -105,10 +110,11 @@ def test_work_does_not_grow_with_the_stream():
     work = []
     for seq_len in (1000, 1_000_000):
         table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
-        kwargs = dict(num_sink_tokens=4, window_size=60, block_size=SIZE)
-        token = attention.plan(table, [0, 1], [seq_len], **kwargs).decode
-        (chunk,) = attention.plan(table, [0, 100], [seq_len], **kwargs).chunks
-        work.append((token.max_keys, len(token.rows), len(chunk.blocks)))
+        kinds = [Kind(table, 4, 60)]
+        token = attention.plan(kinds, [0, 1], [seq_len], block_size=SIZE).decode
+        plan = attention.plan(kinds, [0, 100], [seq_len], block_size=SIZE)
+        ((chunk,),) = plan.chunks
+        work.append((*token.max_keys, len(token.rows), len(chunk.blocks)))
         assert len(chunk.blocks) <= -(-(59 + 100) // SIZE) + 1
     assert work[0][:2] == work[1][:2] == (64, 1)
 
@@ -116,7 +122,8 @@ def test_work_does_not_grow_with_the_stream():
 def test_write_kv_places_tokens():
     pages = torch.zeros(3, 2, 2 * SIZE, DIM)
     key, value = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM)
-    write.write_kv(key, value, pages, torch.tensor([2 * SIZE + 5, SIZE, -1]))
+    slots = Slots.of_kinds([torch.tensor([2 * SIZE + 5, SIZE, -1])])
+    write.write_kv(key, value, HeadCaches.of_layer(pages), slots)
     for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
         assert torch.equal(pages[block, :, slot], key[token])
         assert torch.equal(pages[block, :, slot + SIZE], value[token])
@@ -127,15 +134,14 @@ def test_every_case_of_a_tile_edge():
     """One query at every position equals the whole prefill at once."""
     policy = (3, 5)
     q, pages, table, starts, seq_lens = make_batch(2, 1, [(40, 40)], policy)
-    kwargs = dict(num_sink_tokens=3, window_size=5, block_size=SIZE)
+    kinds = [Kind(table, *policy)]
     whole = torch.empty_like(q)
-    attention.attend(
-        q, pages, attention.plan(table, starts, seq_lens, **kwargs), whole, scale=1.0
-    )
+    plan = attention.plan(kinds, starts, seq_lens, block_size=SIZE)
+    attend(q, pages, plan, whole, scale=1.0)
     for size, position in itertools.product((1, 7), range(0, 35, 3)):
         part = torch.empty(size, 2, DIM)
-        tiles = attention.plan(table, [0, size], [position + size], **kwargs)
-        attention.attend(q[position : position + size], pages, tiles, part, scale=1.0)
+        plan = attention.plan(kinds, [0, size], [position + size], block_size=SIZE)
+        attend(q[position : position + size], pages, plan, part, scale=1.0)
         assert torch.allclose(part, whole[position : position + size], atol=1e-5)
 
 
@@ -148,16 +154,14 @@ def test_16_bit_caches(dtype, decode_queries):
     q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy)
     q, pages = q.to(dtype), pages.to(dtype)
     plan = attention.plan(
-        table,
+        [Kind(table, *policy)],
         starts,
         seq_lens,
-        num_sink_tokens=4,
-        window_size=60,
         block_size=SIZE,
         decode_queries=decode_queries,
     )
     out = torch.full_like(q, float("nan"))
-    attention.attend(q, pages, plan, out, scale=0.2)
+    attend(q, pages, plan, out, scale=0.2)
     want = reference.sink_attention(
         q.float(),
         pages[:, :, :SIZE].transpose(1, 2).float(),
@@ -176,7 +180,7 @@ def test_16_bit_caches(dtype, decode_queries):
 def test_any_number_of_threads_gives_the_same():
     """Which thread takes which split changes no bit of the result."""
     q, pages, table, starts, seq_lens = make_batch(8, 2, [(3, 390)] * 4, (4, 380))
-    kwargs = dict(num_sink_tokens=4, window_size=380, block_size=SIZE)
+    kinds = [Kind(table, 4, 380)]
     num_floats = 2 * len(q) * 384 * 2 * DIM
     assert num_floats > decode.SERIAL_FLOATS, "one thread is used anyway"
     num_threads = torch.get_num_threads()
@@ -184,10 +188,10 @@ def test_any_number_of_threads_gives_the_same():
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            plan = attention.plan(table, starts, seq_lens, **kwargs)
+            plan = attention.plan(kinds, starts, seq_lens, block_size=SIZE)
             for _ in range(20):  # again on the counters that the last run left
                 out = torch.full_like(q, float("nan"))
-                attention.attend(q, pages, plan, out, scale=0.3)
+                attend(q, pages, plan, out, scale=0.3)
                 results.append(out)
     finally:
         torch.set_num_threads(num_threads)
@@ -196,21 +200,107 @@ def test_any_number_of_threads_gives_the_same():
         assert torch.equal(out, results[0])
 
 
+POLICIES = [(4, 60), (4, 400), (0, 33), (20, 13)]
+
+
+@pytest.mark.parametrize(
+    "kinds_of_heads",
+    [(0, 1), (1, 1), (0, 1, 0), (2, 0, 3), (1, 0, 0, 3, 1), (3,)],
+)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("decode_queries", [0, 8, 1000])
+@pytest.mark.parametrize("cached", [True, False])
+def test_heads_with_policies_of_their_own(
+    kinds_of_heads, group, decode_queries, cached
+):
+    """Each head as the reference with its policy, from a cache of its own."""
+    lengths = [(1, 1), (1, 390), (3, 3), (150, 300), (17, 81), (2, 65)]
+    positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
+    rows = table_rows(DIM)
+    batches = [make_batch(1, 1, lengths, p, seed=i) for i, p in enumerate(POLICIES)]
+    kinds = [
+        Kind(table, *policy)
+        for (_, _, table, _, _), policy in zip(batches, POLICIES, strict=True)
+    ]
+    _, _, _, starts, seq_lens = batches[0]
+    # Another cache of the same blocks for every head; NaN stays NaN.
+    caches = [
+        batches[kind][1] * (1 + head / 8) for head, kind in enumerate(kinds_of_heads)
+    ]
+    turns = None
+    if cached:
+        # Of a kind that no query outgrows there is no turn to make.
+        rotation = Rotation(rows, True)
+        turns = Turns(
+            tuple(
+                None if sum(p) >= 390 or p[0] == 0 else rotation.turn(positions, sum(p))
+                for p in POLICIES
+            ),
+            True,
+        )
+    q = torch.randn(starts[-1], group * len(kinds_of_heads), DIM)
+    logits = torch.randn(q.shape[1])
+    plan = attention.plan(
+        kinds, starts, seq_lens, block_size=SIZE, decode_queries=decode_queries
+    )
+    out = torch.full_like(q, float("nan"))
+    attention.attend(
+        q,
+        HeadCaches.of_heads(caches, kinds_of_heads),
+        plan,
+        out,
+        scale=DIM**-0.5,
+        turns=turns,
+        sink_logits=logits,
+    )
+    for head, (kind, pages) in enumerate(zip(kinds_of_heads, caches, strict=True)):
+        mine = slice(head * group, (head + 1) * group)
+        want = reference.sink_attention(
+            q[:, mine],
+            pages[:, :, :SIZE].transpose(1, 2),
+            pages[:, :, SIZE:].transpose(1, 2),
+            kinds[kind].block_table,
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(seq_lens, dtype=torch.int32),
+            num_sink_tokens=POLICIES[kind][0],
+            window_size=POLICIES[kind][1],
+            cos_sin_cache=rows if cached else None,
+            scale=DIM**-0.5,
+            sink_logits=logits[mine],
+        )
+        assert torch.allclose(out[:, mine], want, atol=2e-5), f"head {head}"
+
+
+def test_write_kv_places_each_heads_tokens_by_its_kind():
+    caches = [torch.zeros(3, 1, 2 * SIZE, DIM) for _ in range(3)]
+    key, value = torch.randn(2, 3, DIM), torch.randn(2, 3, DIM)
+    slots = torch.tensor([[SIZE + 5, 0], [2 * SIZE + 1, -1]])
+    heads = HeadCaches.of_heads(caches, (0, 1, 0))
+    write.write_kv(key, value, heads, Slots.of_kinds(slots.unbind()))
+    places = [(0, 0, 1, 5), (0, 1, 0, 0), (1, 0, 2, 1), (2, 0, 1, 5), (2, 1, 0, 0)]
+    for head, token, block, slot in places:
+        assert torch.equal(caches[head][block, 0, slot], key[token, head])
+        assert torch.equal(caches[head][block, 0, slot + SIZE], value[token, head])
+    assert sum(int((x != 0).sum()) for x in caches) == len(places) * 2 * DIM
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loops_run_in_torchs_own_threads():
     """No second pool: the seam that ``native`` describes has not moved."""
     code = """
 import os, torch
 from vllm_sink_kernels.cpu import native, write
+from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.rows import Slots
 loop = write.loop(torch.float32)  # the compiler has a thread, too
 torch.set_num_threads(4)
 torch.randn(1000, 1000).exp()  # starts torch's threads
 before = set(os.listdir("/proc/self/task"))
 assert native._parallel() is not None
-pages = torch.zeros(1, 1, 32, 8)
-slots = torch.zeros(100_000, dtype=torch.int64)
+caches = HeadCaches.of_layer(torch.zeros(1, 1, 32, 8))
+slots = Slots(torch.zeros(1, 100_000, dtype=torch.int64))
 key = torch.randn(100_000, 1, 8)
-job = write._job(key, key, pages, slots)
+job = write._job(key, key, caches, slots)
 for _ in range(10):
     native.run(loop, job, 4)
 after = set(os.listdir("/proc/self/task"))

@@ -9,6 +9,8 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_sink_kernels.cpu import attention, write
+from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 
@@ -20,14 +22,14 @@ class SinkCpuMetadata(AttentionMetadata):
     Args:
         num_tokens: T, query tokens without padding.
         plan: The CPU path's plan.
-        slots: [T] int64, where each token's K and V go.
-        turns: id of a rotary table -> (cos, sin, is_neox) of the sink turn.
+        slots: Where each token's K and V go.
+        turns: id of a rotary table -> the sink turn.
     """
 
     num_tokens: int
     plan: attention.Plan
-    slots: torch.Tensor
-    turns: dict[int, tuple[torch.Tensor, torch.Tensor, bool]]
+    slots: Slots
+    turns: dict[int, Turns]
 
 
 class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
@@ -53,14 +55,12 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         num_tokens = common.num_actual_tokens
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         seq_lens = common.seq_lens[: common.num_reqs].tolist()
-        plan = attention.plan(
+        kind = Kind(
             common.block_table_tensor,
-            starts,
-            seq_lens,
-            num_sink_tokens=self.policy.num_sink_tokens,
-            window_size=self.policy.window_size,
-            block_size=self.block_size,
+            self.policy.num_sink_tokens,
+            self.policy.window_size,
         )
+        plan = attention.plan([kind], starts, seq_lens, block_size=self.block_size)
         turns = {}
         if self.rotations and max(seq_lens, default=0) > self.policy.budget:
             # Of a request that ends in row e at length n, row r is at n - e + r.
@@ -70,19 +70,23 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
                 ends - torch.tensor(starts[:-1])
             )
             turns = {
-                key: (*rotation.turn(positions, self.policy.budget), rotation.is_neox)
+                key: Turns(
+                    (rotation.turn(positions, self.policy.budget),), rotation.is_neox
+                )
                 for key, rotation in self.rotations.items()
             }
         return SinkCpuMetadata(
             num_tokens=num_tokens,
             plan=plan,
-            slots=common.slot_mapping[:num_tokens],
+            slots=Slots.of_kinds([common.slot_mapping[:num_tokens]]),
             turns=turns,
         )
 
 
 class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
     """One layer's attention on the CPU."""
+
+    _caches: HeadCaches | None = None
 
     def forward(
         self,
@@ -106,21 +110,29 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         if attn_metadata is None:
             return output
         n = attn_metadata.num_tokens
-        blocks, heads, size, width = kv_cache.shape
-        pages = kv_cache.view(blocks, heads, 2 * size, width // 2)
+        caches = self._head_caches(kv_cache)
         if self.writes_cache and key is not None:
-            write.write_kv(key, value, pages, attn_metadata.slots)
-        turn = None
+            write.write_kv(key, value, caches, attn_metadata.slots)
+        turns = None
         if self.rotation is not None and attn_metadata.turns:
-            turn = attn_metadata.turns[id(self.rotation.cos_sin_cache)]
+            turns = attn_metadata.turns[id(self.rotation.cos_sin_cache)]
         attention.attend(
             query[:n],
-            pages,
+            caches,
             attn_metadata.plan,
             output[:n],
             scale=self.scale,
-            turn=turn,
+            turns=turns,
             soft_cap=self.soft_cap,
             sink_logits=self.sink_logits,
         )
         return output
+
+    def _head_caches(self, kv_cache: torch.Tensor) -> HeadCaches:
+        """Made once: the cache of a layer stays where it is."""
+        known = self._caches
+        if known is None or known.tensors[0].data_ptr() != kv_cache.data_ptr():
+            blocks, heads, size, width = kv_cache.shape
+            pages = kv_cache.view(blocks, heads, 2 * size, width // 2)
+            known = self._caches = HeadCaches.of_layer(pages)
+        return known

@@ -3,18 +3,23 @@
 A step is planned once (:func:`plan`) and the plan is shared by all layers; a
 layer then runs :func:`attend`, which never touches a block outside the plan.
 
-Short queries (decode, speculation) read the retained keys in place
-(:mod:`decode`). Longer ones, prefill chunks, gather their window's
-blocks once and run torch's flash attention over it in tiles of queries; the
-sinks that have left the window are merged in afterwards by log-sum-exp, because
-they meet another query, the turned one.
+KV heads may be of several kinds: a kind is a policy with a block table of its own
+(:class:`rows.Kind`). A step's plan knows all kinds, a layer's
+:class:`heads.HeadCaches` which head is of which kind and where it is kept.
+
+Short queries (decode, speculation) read the retained keys in place, all heads in
+one call (:mod:`decode`). Longer ones, prefill chunks, gather their window's
+blocks once and run torch's flash attention over it in tiles of queries, all heads
+of a kind at once; the sinks that have left the window are merged in afterwards by
+log-sum-exp, because they meet another query, the turned one.
 
 Shape letters: T query tokens, R requests, HQ query heads, HKV KV heads, D head
-size, N block size, B blocks, G = HQ / HKV, L keys of a tile.
+size, N block size, B blocks, G = HQ / HKV, L keys of a tile, K kinds of KV heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +27,8 @@ import numpy as np
 import torch
 
 from vllm_sink_kernels.cpu import decode, merge, write
-from vllm_sink_kernels.cpu.rows import Rows
+from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.rows import Kind, Rows, Turns
 
 # A tile of n queries computes W + n - 1 keys for each, of which W are seen:
 # small tiles waste less, and torch's kernel is as fast at 64 as at 128.
@@ -69,54 +75,90 @@ class Plan:
 
     Args:
         decode: Rows of short queries; None without any.
-        chunks: The prefill chunks.
+        chunks: The prefill chunks, for every kind.
         prefill: Rows of the chunks' queries; None without any.
-        is_merged: Whether a chunk's query has a sink outside its window.
+        is_merged: For every kind, whether a chunk's query has a sink outside its
+            window.
     """
 
     decode: Rows | None
-    chunks: list[Chunk]
+    chunks: tuple[list[Chunk], ...]
     prefill: Rows | None
-    is_merged: bool
+    is_merged: tuple[bool, ...]
 
 
 def plan(
-    block_table: torch.Tensor,
+    kinds: Sequence[Kind],
     query_starts: list[int],
     seq_lens: list[int],
     *,
-    num_sink_tokens: int,
-    window_size: int,
     block_size: int,
     tile_queries: int = TILE_QUERIES,
     decode_queries: int = DECODE_QUERIES,
 ) -> Plan:
-    """Plan a step.
+    """Plan a step, for all layers and all kinds of KV heads.
 
     Args:
-        block_table: [R, max_blocks] int32; entries in the gap may be stale and
-            are not read. Kept, not copied.
+        kinds: The policies, with their block tables.
         query_starts: [R+1] offsets of the requests' query tokens.
         seq_lens: [R] tokens including this step's.
-        num_sink_tokens: S. window_size: W, the query's own included.
         block_size: N, tokens.
         tile_queries: Most queries a tile.
         decode_queries: Most queries of a request for the decode loop.
     """
-    short: list[int] = []
-    long: list[int] = []
+    kinds = tuple(kinds)
+    counts = np.diff(query_starts)
+    is_long = counts > decode_queries
+    requests = np.arange(len(counts))
+
+    def rows_of(requests: np.ndarray) -> Rows | None:
+        if not counts[requests].sum():
+            return None
+        ends = np.cumsum(counts[requests])
+        of_row = np.repeat(np.arange(len(requests)), counts[requests])
+        place = np.arange(ends[-1]) - (ends - counts[requests])[of_row]
+        first = np.array(seq_lens)[requests] - counts[requests]
+        return Rows(
+            np.array(query_starts)[requests][of_row] + place,
+            requests[of_row],
+            first[of_row] + place,
+            kinds,
+        )
+
+    long = requests[is_long].tolist()
+    return Plan(
+        decode=rows_of(requests[~is_long]),
+        chunks=tuple(
+            _chunks(kind, long, query_starts, seq_lens, block_size, tile_queries)
+            for kind in kinds
+        ),
+        prefill=rows_of(requests[is_long]),
+        is_merged=tuple(
+            bool(kind.num_sink_tokens)
+            and any(seq_lens[request] > kind.window_size for request in long)
+            for kind in kinds
+        ),
+    )
+
+
+def _chunks(
+    kind: Kind,
+    requests: list[int],
+    query_starts: list[int],
+    seq_lens: list[int],
+    block_size: int,
+    tile_queries: int,
+) -> list[Chunk]:
     chunks = []
     biases: dict[tuple[int, int, int], torch.Tensor] = {}
-    for request, seq_len in enumerate(seq_lens):
+    window_size = kind.window_size
+    for request in requests:
+        seq_len = seq_lens[request]
         start, end = query_starts[request], query_starts[request + 1]
-        if end - start <= decode_queries:
-            short.append(request)
-            continue
-        long.append(request)
         first = seq_len - (end - start)
         low = max(0, first - window_size + 1)
         first_block = low // block_size
-        blocks = block_table[request, first_block : -(-seq_len // block_size)]
+        blocks = kind.block_table[request, first_block : -(-seq_len // block_size)]
         tiles = []
         for row in range(start, end, tile_queries):
             p0 = first + row - start
@@ -129,28 +171,7 @@ def plan(
                 Tile(row, row + p1 - p0, tile_low - low, p1 - low, biases[shape])
             )
         chunks.append(Chunk(blocks.long(), low - first_block * block_size, tiles))
-
-    def rows_of(requests: list[int]) -> Rows | None:
-        counts = [query_starts[i + 1] - query_starts[i] for i in requests]
-        if not sum(counts):
-            return None
-        pairs = list(zip(requests, counts, strict=True))
-        return Rows(
-            np.concatenate([query_starts[i] + np.arange(n) for i, n in pairs]),
-            np.repeat(np.array(requests), counts),
-            np.concatenate([seq_lens[i] - n + np.arange(n) for i, n in pairs]),
-            block_table.numpy(),
-            num_sink_tokens,
-            window_size,
-        )
-
-    return Plan(
-        decode=rows_of(short),
-        chunks=chunks,
-        prefill=rows_of(long),
-        is_merged=bool(num_sink_tokens)
-        and any(seq_lens[request] > window_size for request in long),
-    )
+    return chunks
 
 
 def _bias(first: int, num_keys: int, window_size: int) -> torch.Tensor:
@@ -163,12 +184,12 @@ def _bias(first: int, num_keys: int, window_size: int) -> torch.Tensor:
 
 def attend(
     q: torch.Tensor,
-    kv_cache: torch.Tensor,
+    caches: HeadCaches,
     plan: Plan,
     out: torch.Tensor,
     *,
     scale: float,
-    turn: tuple[torch.Tensor, torch.Tensor, bool] | None = None,
+    turns: Turns | None = None,
     soft_cap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> None:
@@ -176,22 +197,22 @@ def attend(
 
     Args:
         q: [T, HQ, D].
-        kv_cache: [B, HKV, 2N, D]: a block's N keys, then its N values.
+        caches: The layer's; its heads' kinds are places in the plan's.
         plan: From :func:`plan`.
         out: [T, HQ, D].
         scale: Softmax scale.
-        turn: cos and sin [T, rotary_dim/2] and is_neox; None leaves the query
-            as it is (``absolute`` sink positions).
+        turns: The sink turn of the step's tokens; None leaves the query as it is
+            (``absolute`` sink positions).
         soft_cap: Logits become cap * tanh(logits / cap); 0 is off.
         sink_logits: [HQ], the learned logit in the softmax denominator.
     """
     if sink_logits is not None:
         sink_logits = sink_logits.float().contiguous()
     options: dict[str, Any] = dict(
-        scale=scale, soft_cap=soft_cap, sink_logits=sink_logits, turn=turn
+        scale=scale, soft_cap=soft_cap, sink_logits=sink_logits, turns=turns
     )
     if plan.decode is not None:
-        decode.decode(q, kv_cache, plan.decode, out, **options)
+        decode.decode(q, caches, plan.decode, out, **options)
     if plan.prefill is None:
         return
     q = q.float().contiguous()
@@ -199,29 +220,59 @@ def attend(
     if out.dtype != torch.float32 or not out.is_contiguous():
         result = torch.empty(out.shape)
     lse = torch.empty(q.shape[:2])
-    block_size = kv_cache.shape[2] // 2
-    for chunk in plan.chunks:
-        # [HKV, blocks, 2N, D], then [1, HKV, keys, D]
-        pages = kv_cache[chunk.blocks].transpose(0, 1).float()
+    grouped = (len(q), caches.num_heads, -1, caches.head_size)
+    is_merged = sink_logits is not None
+    for kind, heads in caches.heads_of_kind.items():
+        # Views, unless the kind's heads are neither all nor evenly spaced.
+        chosen = _slice(heads)
+        part = result.view(grouped)[:, chosen]  # [T, heads, G, D]
+        _attend_windows(
+            q.view(grouped)[:, chosen],
+            [caches.tensors[head] for head in heads],
+            plan.chunks[kind],
+            part,
+            part_lse := lse.view(grouped[:3])[:, chosen],
+            scale,
+            soft_cap,
+        )
+        if not isinstance(chosen, slice):
+            result.view(grouped)[:, chosen] = part
+            lse.view(grouped[:3])[:, chosen] = part_lse
+        is_merged |= plan.is_merged[kind]
+    if is_merged:
+        merge.merge_sinks(q, caches, plan.prefill, lse, result, **options)
+    if result is not out:
+        changed = torch.from_numpy(plan.prefill.rows)
+        out[changed] = result[changed].to(out.dtype)
+
+
+def _slice(heads: list[int]) -> slice | list[int]:
+    """The same heads as a slice, if they are evenly spaced."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    evenly = slice(heads[0], heads[-1] + 1, step)
+    return evenly if list(range(evenly.start, evenly.stop, step)) == heads else heads
+
+
+def _attend_windows(q, caches, chunks, out, lse, scale, soft_cap):
+    """Heads of one kind: q and out [T, heads, G, D], caches heads x [B, 2N, D]."""
+    block_size = caches[0].shape[1] // 2
+    for chunk in chunks:
+        # [heads, blocks, 2N, D], then [1, heads, keys, D]
+        pages = torch.stack([cache[chunk.blocks] for cache in caches]).float()
         keys = pages[:, :, :block_size].flatten(1, 2)[None, :, chunk.skip :]
         values = pages[:, :, block_size:].flatten(1, 2)[None, :, chunk.skip :]
         for tile in chunk.tiles:
             rows, span = slice(tile.start, tile.end), slice(tile.low, tile.high)
             window, denominator = _window_attention(
-                q[rows].transpose(0, 1)[None],
+                q[rows].flatten(1, 2).transpose(0, 1)[None],
                 keys[:, :, span],
                 values[:, :, span],
                 tile.bias,
                 scale,
                 soft_cap,
             )
-            result[rows] = window[0].transpose(0, 1)
-            lse[rows] = denominator[0].transpose(0, 1)
-    if plan.is_merged or sink_logits is not None:
-        merge.merge_sinks(q, kv_cache, plan.prefill, lse, result, **options)
-    if result is not out:
-        changed = torch.from_numpy(plan.prefill.rows)
-        out[changed] = result[changed].to(out.dtype)
+            out[rows] = window[0].transpose(0, 1).view_as(out[rows])
+            lse[rows] = denominator[0].transpose(0, 1).view_as(lse[rows])
 
 
 def _window_attention(q, keys, values, bias, scale, soft_cap):

@@ -19,8 +19,19 @@ import numpy as np
 import torch
 
 from vllm_sink_kernels.cpu import native
+from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp, take, turned
-from vllm_sink_kernels.cpu.rows import FIELDS, Rows
+from vllm_sink_kernels.cpu.rows import (
+    COS,
+    FIELDS,
+    SIN,
+    SINKS,
+    STRIDE,
+    TABLE,
+    WINDOW,
+    Rows,
+    Turns,
+)
 
 # Keys of one work item. Small enough to balance two threads over one request of
 # a few KV heads, large enough for the merge not to show.
@@ -38,42 +49,41 @@ Job, _SIGNATURE = native.job_type(
 
 def decode(
     q: torch.Tensor,
-    kv_cache: torch.Tensor,
+    caches: HeadCaches,
     plan: Rows,
     out: torch.Tensor,
     *,
     scale: float,
-    turn: tuple[torch.Tensor, torch.Tensor, bool] | None = None,
+    turns: Turns | None = None,
     soft_cap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> None:
-    """Attention of the plan's rows, written into ``out`` in place.
+    """Attention of the plan's rows, written into ``out`` in place: one call a layer.
 
     Args:
         q, out: [T, HQ, D], the step's tokens.
-        kv_cache: [B, HKV, 2N, D] float32, bfloat16 or float16, contiguous: a
-            block's N keys, then its N values.
-        turn: cos and sin [T, rotary_dim/2] of the step's tokens and is_neox;
-            None leaves the query as it is.
+        caches: The layer's; its heads may be of several kinds.
+        turns: The sink turn of the step's tokens; None leaves the query as it is.
         scale, soft_cap, sink_logits: As in :func:`cpu.attend`.
     """
     if not _is_float_rows(q):
         q = q.float().contiguous()
     result = out if _is_float_rows(out) else torch.empty(out.shape)
     _, num_heads, head_size = q.shape
-    job = plan.job(Job, kv_cache, num_heads, turn, sink_logits)
+    job = plan.job(Job, caches, num_heads, turns, sink_logits)
     job.q, job.q_stride = q.data_ptr(), q.stride(0)
     job.out, job.out_stride = result.data_ptr(), result.stride(0)
     job.scale, job.soft_cap = scale, soft_cap
-    job.num_splits = -(-plan.max_keys // SPLIT_KEYS)
+    keys = [plan.max_keys[kind] for kind in caches.kinds]
+    job.num_splits = -(-max(keys) // SPLIT_KEYS)
     num_parts = job.num_tokens * job.num_splits
     job.partial = plan.zeros(
         "partial", num_parts * num_heads * (head_size + 2), np.float32
     )
-    job.num_done = plan.zeros("done", job.num_tokens * job.num_kv_heads, np.int64)
-    num_floats = 2 * job.num_tokens * plan.max_keys * job.num_kv_heads * head_size
+    job.num_done = plan.zeros("done", job.num_tokens * caches.num_heads, np.int64)
+    num_floats = 2 * job.num_tokens * sum(keys) * head_size
     num_threads = torch.get_num_threads() if num_floats > SERIAL_FLOATS else 1
-    native.run(loop(kv_cache.dtype), job, num_threads)
+    native.run(loop(caches.dtype), job, num_threads)
     if result is not out:
         rows = torch.from_numpy(plan.rows)
         out[rows] = result[rows].to(out.dtype)
@@ -88,7 +98,6 @@ def _is_float_rows(x: torch.Tensor) -> bool:
 def loop(kv_cache_dtype: torch.dtype):
     """:data:`Job` -> the plan's rows of ``out``; seconds to compile, once a machine."""
     dtype = native.STORAGE[kv_cache_dtype]
-    size = dtype.itemsize
 
     @numba.cfunc(_SIGNATURE, **OPTIONS)
     def attend(pointer):
@@ -97,10 +106,13 @@ def loop(kv_cache_dtype: torch.dtype):
         rows = array(job.rows, job.num_tokens, np.int64)
         requests = array(job.requests, job.num_tokens, np.int64)
         positions = array(job.positions, job.num_tokens, np.int64)
+        caches = array(job.caches, job.num_kv_heads, np.int64)
+        head_kinds = array(job.head_kinds, job.num_kv_heads, np.int64)
+        kinds = array(job.kinds, (job.num_kinds, 4), np.int64)
+        turns = array(job.turns, (job.num_kinds, 2), np.int64)
         shape = (job.num_tokens, job.num_kv_heads, job.num_splits, group, head_size + 2)
         partial = array(job.partial, shape, np.float32)
         page_shape = (2 * job.block_size, head_size)
-        page_bytes = 2 * job.block_size * head_size * size
         num_items = job.num_tokens * job.num_kv_heads * job.num_splits
         while True:
             item = take(pointer, 1)
@@ -116,27 +128,32 @@ def loop(kv_cache_dtype: torch.dtype):
                 (group, head_size),
                 np.float32,
             )
-            half = 0 if position < job.num_sink_tokens + job.window_size else job.half
+            i_kind = head_kinds[i_head]
+            num_sink_tokens, window_size = kinds[i_kind, SINKS], kinds[i_kind, WINDOW]
+            cos = sin = half = 0
+            if job.half and position >= num_sink_tokens + window_size:
+                cos, sin = turns[i_kind, COS], turns[i_kind, SIN]
+                half = job.half if cos else 0
             blocks = array(
-                job.block_table + 4 * requests[i_token] * job.table_stride,
-                job.table_stride,
+                kinds[i_kind, TABLE] + 4 * requests[i_token] * kinds[i_kind, STRIDE],
+                kinds[i_kind, STRIDE],
                 np.int32,
             )
             _split(
                 q,
-                job.kv_cache + i_head * page_bytes,
-                job.num_kv_heads * page_bytes,
+                caches[i_head],
+                job.block_bytes,
                 page_shape,
                 dtype,
                 blocks,
                 position,
                 i_split,
-                job.num_sink_tokens,
-                job.window_size,
+                num_sink_tokens,
+                window_size,
                 job.scale,
                 job.soft_cap,
-                array(job.cos + 4 * row * half, half, np.float32),
-                array(job.sin + 4 * row * half, half, np.float32),
+                array(cos + 4 * row * half, half, np.float32),
+                array(sin + 4 * row * half, half, np.float32),
                 job.is_neox != 0,
                 partial[i_token, i_head, i_split],
             )

@@ -14,21 +14,32 @@ import numpy as np
 import torch
 
 from vllm_sink_kernels.cpu import native
+from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp, take, turned
-from vllm_sink_kernels.cpu.rows import FIELDS, Rows
+from vllm_sink_kernels.cpu.rows import (
+    COS,
+    FIELDS,
+    SIN,
+    SINKS,
+    STRIDE,
+    TABLE,
+    WINDOW,
+    Rows,
+    Turns,
+)
 
 Job, _SIGNATURE = native.job_type("MergeJob", FIELDS + "q out lse", "scale soft_cap")
 
 
 def merge_sinks(
     q: torch.Tensor,
-    kv_cache: torch.Tensor,
+    caches: HeadCaches,
     plan: Rows,
     lse: torch.Tensor,
     out: torch.Tensor,
     *,
     scale: float,
-    turn: tuple[torch.Tensor, torch.Tensor, bool] | None = None,
+    turns: Turns | None = None,
     soft_cap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> None:
@@ -41,72 +52,83 @@ def merge_sinks(
         q: [T, HQ, D] float32, contiguous, unscaled, the step's tokens.
         lse: [T, HQ] float32, the log of the window's softmax denominator.
         out: [T, HQ, D] float32, contiguous, normalised; the plan's rows change.
-        kv_cache, turn, scale, soft_cap, sink_logits: As in :func:`decode`.
+        caches, turns, scale, soft_cap, sink_logits: As in :func:`decode`.
     """
     for x in (q, out, lse):
         assert x.is_contiguous() and x.dtype == torch.float32, (x.stride(), x.dtype)
-    job = plan.job(Job, kv_cache, q.shape[1], turn, sink_logits)
+    job = plan.job(Job, caches, q.shape[1], turns, sink_logits)
     job.q, job.out, job.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
     job.scale, job.soft_cap = scale, soft_cap
-    native.run(loop(kv_cache.dtype), job, torch.get_num_threads())
+    native.run(loop(caches.dtype), job, torch.get_num_threads())
 
 
 @functools.cache
 def loop(kv_cache_dtype: torch.dtype):
-    """:data:`Job` -> the plan's rows of ``out``, an item a row."""
+    """:data:`Job` -> the plan's rows of ``out``, an item a KV head of a row."""
     dtype = native.STORAGE[kv_cache_dtype]
-    size = dtype.itemsize
 
     @numba.cfunc(_SIGNATURE, **OPTIONS)
     def merge(pointer):
         job = numba.carray(pointer, 1)[0]
-        heads_shape = (job.num_heads, job.head_size)
-        row_bytes = 4 * job.num_heads * job.head_size
-        pages_shape = (job.num_kv_heads, 2 * job.block_size, job.head_size)
-        block_bytes = 2 * job.block_size * job.num_kv_heads * job.head_size * size
+        head_size, group = job.head_size, job.num_heads // job.num_kv_heads
+        page_shape = (2 * job.block_size, head_size)
         rows = array(job.rows, job.num_tokens, np.int64)
         requests = array(job.requests, job.num_tokens, np.int64)
         positions = array(job.positions, job.num_tokens, np.int64)
-        num_logits = job.num_heads if job.sink_logits else 0
-        sink_logits = array(job.sink_logits, num_logits, np.float32)
+        caches = array(job.caches, job.num_kv_heads, np.int64)
+        head_kinds = array(job.head_kinds, job.num_kv_heads, np.int64)
+        kinds = array(job.kinds, (job.num_kinds, 4), np.int64)
+        turns = array(job.turns, (job.num_kinds, 2), np.int64)
         while True:
-            i = take(pointer, 1)
-            if i >= job.num_tokens:
+            item = take(pointer, 1)
+            if item >= job.num_tokens * job.num_kv_heads:
                 break
+            i, i_head = item // job.num_kv_heads, item % job.num_kv_heads
             row, position = rows[i], positions[i]
-            is_turned = position >= job.num_sink_tokens + job.window_size
-            half = job.half if is_turned else 0
-            _merge_row(
-                array(job.q + row * row_bytes, heads_shape, np.float32),
-                job.kv_cache,
-                block_bytes,
-                pages_shape,
+            i_kind = head_kinds[i_head]
+            num_sink_tokens, window_size = kinds[i_kind, SINKS], kinds[i_kind, WINDOW]
+            cos = sin = half = 0
+            if job.half and position >= num_sink_tokens + window_size:
+                cos, sin = turns[i_kind, COS], turns[i_kind, SIN]
+                half = job.half if cos else 0
+            at_head = row * job.num_heads + i_head * group
+            _merge_head(
+                array(job.q + 4 * at_head * head_size, (group, head_size), np.float32),
+                caches[i_head],
+                job.block_bytes,
+                page_shape,
                 dtype,
                 array(
-                    job.block_table + 4 * requests[i] * job.table_stride,
-                    job.table_stride,
+                    kinds[i_kind, TABLE] + 4 * requests[i] * kinds[i_kind, STRIDE],
+                    kinds[i_kind, STRIDE],
                     np.int32,
                 ),
-                min(job.num_sink_tokens, max(position - job.window_size + 1, 0)),
+                min(num_sink_tokens, max(position - window_size + 1, 0)),
                 np.float32(job.scale),
                 np.float32(job.soft_cap),
-                array(job.cos + 4 * row * half, half, np.float32),
-                array(job.sin + 4 * row * half, half, np.float32),
+                array(cos + 4 * row * half, half, np.float32),
+                array(sin + 4 * row * half, half, np.float32),
                 job.is_neox != 0,
-                sink_logits,
-                array(job.lse + 4 * row * job.num_heads, job.num_heads, np.float32),
-                array(job.out + row * row_bytes, heads_shape, np.float32),
+                array(
+                    job.sink_logits + 4 * i_head * group,
+                    group if job.sink_logits else 0,
+                    np.float32,
+                ),
+                array(job.lse + 4 * at_head, group, np.float32),
+                array(
+                    job.out + 4 * at_head * head_size, (group, head_size), np.float32
+                ),
             )
 
     return merge
 
 
 @numba.njit(inline="never", **OPTIONS)
-def _merge_row(
+def _merge_head(
     q,
     cache,
     block_bytes,
-    pages_shape,
+    page_shape,
     dtype,
     blocks,
     num_sinks,
@@ -119,14 +141,13 @@ def _merge_row(
     lse,
     out,
 ):
-    """One query's heads: q and out [HQ, D], lse [HQ], cos and sin [half] or [0]."""
-    num_heads, head_size = q.shape
-    group = num_heads // pages_shape[0]
-    block_size = pages_shape[1] // 2
+    """A KV head's queries: q and out [G, D], lse [G], cos and sin [half] or [0]."""
+    group, head_size = q.shape
+    block_size = page_shape[0] // 2
     query = q * scale
     if cos.shape[0]:
         query = turned(query, cos, sin, is_neox)
-    for head in range(num_heads):
+    for head in range(group):
         # Online softmax: start from the window's part.
         top = lse[head]
         total = np.float32(1.0)
@@ -140,9 +161,8 @@ def _merge_row(
             top = new_top
         for key in range(num_sinks):
             block, offset = blocks[key // block_size], key % block_size
-            pages = array(cache + block * block_bytes, pages_shape, dtype)
-            k = pages[head // group, offset]
-            v = pages[head // group, block_size + offset]
+            page = array(cache + block * block_bytes, page_shape, dtype)
+            k, v = page[offset], page[block_size + offset]
             score = np.float32(0.0)
             for d in range(head_size):
                 score += query[head, d] * at(k, d)

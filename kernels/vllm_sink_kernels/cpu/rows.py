@@ -1,25 +1,108 @@
 """What a step's queries look at, as the compiled loops take it.
 
 Shape letters: T query tokens, R requests, HQ query heads, HKV KV heads, D head
-size, N block size, B blocks.
+size, N block size, B blocks, K kinds of KV heads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_sink_kernels.cpu.heads import HeadCaches
+
 # The fields of a job that :meth:`Rows.job` fills in; strides count elements.
 FIELDS = (
-    "num_tokens rows requests positions block_table table_stride num_sink_tokens "
-    "window_size kv_cache num_heads num_kv_heads head_size block_size "
-    "cos sin half is_neox sink_logits "
+    "num_tokens rows requests positions num_kinds kinds turns half is_neox "
+    "caches head_kinds block_bytes num_heads num_kv_heads head_size block_size "
+    "sink_logits "
 )
+# Columns of ``kinds`` [K, 4] and of ``turns`` [K, 2], both int64.
+TABLE, STRIDE, SINKS, WINDOW = range(4)
+COS, SIN = range(2)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A policy that KV heads share in a step, with their blocks.
+
+    Args:
+        block_table: [R, max_blocks] int32; entries in the gap may be stale and
+            are not read. Kept, not copied.
+        num_sink_tokens: S. window_size: W, the query's own included; one of
+            max_model_len keeps everything.
+    """
+
+    block_table: torch.Tensor
+    num_sink_tokens: int
+    window_size: int
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a step's keys and values go; make it once a step.
+
+    Args:
+        tensor: [K, T] int64, of every kind a token's block * N + offset;
+            negative is padding.
+    """
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def of_kinds(cls, slots: Sequence[torch.Tensor]) -> Slots:
+        """K tensors [T] int64."""
+        return cls(slots[0][None] if len(slots) == 1 else torch.stack(tuple(slots)))
+
+    def __post_init__(self) -> None:
+        x = self.tensor
+        assert x.dtype == torch.int64 and x.is_contiguous(), (x.dtype, x.stride())
+
+    @functools.cached_property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        return self.tensor.shape[1]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The sink turn of a step's queries; make it once a step and rotary table.
+
+    Args:
+        pairs: One a kind of the step: cos and sin [T, rotary_dim/2] float32,
+            contiguous, or None for a kind whose queries stay as they are.
+        is_neox: Pairs are (i, i + rotary_dim/2), else (2i, 2i + 1).
+    """
+
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
+    is_neox: bool
+
+    @functools.cached_property
+    def fields(self) -> dict[str, int]:
+        """What a job says of the turns."""
+        widths = {pair[0].shape[1] for pair in self.pairs if pair is not None}
+        assert len(widths) <= 1, f"one rotary table, several widths: {widths}"
+        return dict(
+            turns=self._addresses.ctypes.data,
+            half=widths.pop() if widths else 0,
+            is_neox=int(self.is_neox),
+        )
+
+    @functools.cached_property
+    def _addresses(self) -> np.ndarray:
+        return np.array(
+            [[0, 0] if p is None else [x.data_ptr() for x in p] for p in self.pairs],
+            np.int64,
+        )
 
 
 @dataclass(frozen=True)
@@ -28,72 +111,80 @@ class Rows:
 
     Args:
         rows: [T] int64, the queries' rows among the step's tokens.
-        requests: [T] int64, their rows of the block table.
+        requests: [T] int64, their rows of the block tables.
         positions: [T] int64.
-        block_table: [R, max_blocks] int32; the gap's entries are not read.
-        num_sink_tokens: S. window_size: W, the query's own included.
+        kinds: The step's kinds of KV heads.
     """
 
     rows: np.ndarray
     requests: np.ndarray
     positions: np.ndarray
-    block_table: np.ndarray
-    num_sink_tokens: int
-    window_size: int
+    kinds: tuple[Kind, ...]
     # Jobs and scratch memory of the layer that runs; layers run one by one.
     _jobs: dict[type, ctypes.Structure] = field(default_factory=dict, repr=False)
     _scratch: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @functools.cached_property  # once a step, not once a layer
-    def max_keys(self) -> int:
-        """Most keys that a query of these sees."""
-        budget = self.num_sink_tokens + self.window_size
-        return min(int(self.positions.max()) + 1, budget)
+    def max_keys(self) -> tuple[int, ...]:
+        """Most keys that a query of these sees, for every kind."""
+        last = int(self.positions.max()) + 1
+        return tuple(min(last, k.num_sink_tokens + k.window_size) for k in self.kinds)
 
     def job(
         self,
         kind: type[ctypes.Structure],
-        kv_cache: torch.Tensor,
+        caches: HeadCaches,
         num_heads: int,
-        turn: tuple[torch.Tensor, torch.Tensor, bool] | None,
+        turns: Turns | None,
         sink_logits: torch.Tensor | None,
     ) -> Any:
         """The job of a layer; the next layer's is the same object.
 
         Args:
             kind: A job type with the fields :data:`FIELDS`.
-            kv_cache: [B, HKV, 2N, D], contiguous.
             num_heads: HQ.
-            turn: cos and sin [T, rotary_dim/2], contiguous, and is_neox.
-            sink_logits: [HQ] float32. It and the other tensors must outlive
+            sink_logits: [HQ] float32. It and the other arguments must outlive
                 the job's run.
         """
         job: Any = self._jobs.get(kind)
         if job is None:
             job = self._jobs[kind] = self._new_job(kind)
-        assert kv_cache.is_contiguous(), kv_cache.stride()
-        job.kv_cache = kv_cache.data_ptr()
-        _, job.num_kv_heads, width, job.head_size = kv_cache.shape
-        job.block_size, job.num_heads = width // 2, num_heads
-        job.half = 0
-        if turn is not None:
-            cos, sin, job.is_neox = turn
-            job.cos, job.sin, job.half = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        for name, value in caches.fields.items():
+            setattr(job, name, value)
+        job.num_heads, job.half = num_heads, 0
+        if turns is not None:
+            assert len(turns.pairs) == len(self.kinds), turns.pairs
+            for name, value in turns.fields.items():
+                setattr(job, name, value)
         job.sink_logits = 0 if sink_logits is None else sink_logits.data_ptr()
         return job
 
     def _new_job(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
-        table = self.block_table
-        assert table.dtype == np.int32 and table.strides[1] == 4, table.strides
         return kind(
             num_tokens=len(self.rows),
             rows=self.rows.ctypes.data,
             requests=self.requests.ctypes.data,
             positions=self.positions.ctypes.data,
-            block_table=table.ctypes.data,
-            table_stride=table.strides[0] // 4,
-            num_sink_tokens=self.num_sink_tokens,
-            window_size=self.window_size,
+            num_kinds=len(self.kinds),
+            kinds=self._kinds.ctypes.data,
+        )
+
+    @functools.cached_property
+    def _kinds(self) -> np.ndarray:
+        for k in self.kinds:
+            table = k.block_table
+            assert table.dtype == torch.int32 and table.stride(1) == 1, table.stride()
+        return np.array(
+            [
+                (
+                    k.block_table.data_ptr(),
+                    k.block_table.stride(0),
+                    k.num_sink_tokens,
+                    k.window_size,
+                )
+                for k in self.kinds
+            ],
+            np.int64,
         )
 
     def zeros(self, name: str, size: int, dtype: type) -> int:

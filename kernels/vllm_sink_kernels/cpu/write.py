@@ -13,40 +13,39 @@ import numpy as np
 import torch
 
 from vllm_sink_kernels.cpu import native
+from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.native import OPTIONS, array, take
+from vllm_sink_kernels.cpu.rows import Slots
 
 Job, _SIGNATURE = native.job_type(
     "WriteJob",
-    "key key_stride value value_stride kv_cache slots num_tokens num_kv_heads "
-    "head_size block_size",
+    "key key_stride value value_stride slots num_tokens caches head_kinds "
+    "block_bytes num_kv_heads head_size block_size",
     "",
 )
 
 
 def write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, caches: HeadCaches, slots: Slots
 ) -> None:
-    """Store a step's keys and values in place.
+    """Store a step's keys and values in place, those of all heads in one call.
 
     Args:
         key, value: [T, HKV, D].
-        kv_cache: [B, HKV, 2N, D] float32, bfloat16 or float16, contiguous.
-        slots: [T] int64, block * N + offset; negative is padding.
+        caches: The layer's; a head's tokens go to its kind's slots.
+        slots: The step's.
     """
-    key, value = _storable(key, kv_cache.dtype), _storable(value, kv_cache.dtype)
-    job = _job(key, value, kv_cache, slots)
-    native.run(loop(kv_cache.dtype), job, 1)
+    key, value = _storable(key, caches.dtype), _storable(value, caches.dtype)
+    native.run(loop(caches.dtype), _job(key, value, caches, slots), 1)
 
 
-def _job(key, value, kv_cache, slots) -> Any:
-    assert kv_cache.is_contiguous(), kv_cache.stride()
+def _job(key, value, caches, slots) -> Any:
     job: Any = Job()
     job.key, job.key_stride = key.data_ptr(), key.stride(0)
     job.value, job.value_stride = value.data_ptr(), value.stride(0)
-    job.kv_cache, job.slots = kv_cache.data_ptr(), slots.data_ptr()
-    job.num_tokens = slots.shape[0]
-    _, job.num_kv_heads, width, job.head_size = kv_cache.shape
-    job.block_size = width // 2
+    job.slots, job.num_tokens = slots.address, slots.num_tokens
+    for name, number in caches.fields.items():
+        setattr(job, name, number)
     return job
 
 
@@ -65,23 +64,25 @@ def loop(kv_cache_dtype: torch.dtype):
     @numba.cfunc(_SIGNATURE, **OPTIONS)
     def write(pointer):
         job = numba.carray(pointer, 1)[0]
-        slots = array(job.slots, job.num_tokens, np.int64)
+        caches = array(job.caches, job.num_kv_heads, np.int64)
+        head_kinds = array(job.head_kinds, job.num_kv_heads, np.int64)
         shape = (job.num_kv_heads, job.head_size)
-        pages_shape = (job.num_kv_heads, 2, job.block_size, job.head_size)
-        block_bytes = 2 * job.block_size * job.num_kv_heads * job.head_size * size
+        page_shape = (2, job.block_size, job.head_size)
         while True:
             i = take(pointer, 1)
             if i >= job.num_tokens:
                 break
-            if slots[i] < 0:
-                continue
-            block, offset = slots[i] // job.block_size, slots[i] % job.block_size
-            pages = array(job.kv_cache + block * block_bytes, pages_shape, dtype)
             key = array(job.key + i * job.key_stride * size, shape, dtype)
             value = array(job.value + i * job.value_stride * size, shape, dtype)
             for head in range(job.num_kv_heads):
+                place = job.slots + 8 * (head_kinds[head] * job.num_tokens + i)
+                slot = array(place, 1, np.int64)[0]
+                if slot < 0:
+                    continue
+                block, offset = slot // job.block_size, slot % job.block_size
+                page = array(caches[head] + block * job.block_bytes, page_shape, dtype)
                 for d in range(job.head_size):
-                    pages[head, 0, offset, d] = key[head, d]
-                    pages[head, 1, offset, d] = value[head, d]
+                    page[0, offset, d] = key[head, d]
+                    page[1, offset, d] = value[head, d]
 
     return write
