@@ -10,7 +10,7 @@ vLLM finds this package through two entry points, both named ``sink``:
 Both import vLLM lazily: importing :mod:`vllm_sink` costs nothing.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["platform_plugin", "register"]
 

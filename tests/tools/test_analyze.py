@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import analyze
+from vllm_sink.tools import analyze, cli
 
 TEXT = pydoc_data.topics.topics["exceptions"] + pydoc_data.topics.topics["objects"]
 
@@ -55,14 +55,13 @@ def test_recommended_is_the_smallest_that_is_as_good():
     assert analyze.recommend({0: 20.0, 4: 19.99}) == 0
 
 
-def test_command_line(model_path, tmp_path, monkeypatch, capsys):
+def test_command_line(model_path, tmp_path, capsys):
     """A short text: sinks are found, and the window alone is worse."""
     pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ["--model", model_path, "--text", str(text), "--tokens", "320"]
-    monkeypatch.setattr("sys.argv", ["analyze", *arguments, "--out", str(tmp_path)])
-    analyze.main()
+    assert cli.main(["analyze", *arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "analysis.json").read_text())
     assert set(result["sinks"]) == {"with BOS", "without BOS"}
@@ -80,13 +79,10 @@ def test_command_line(model_path, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "first_token.png").stat().st_size > 5000
 
 
-def test_refused(model_path, tmp_path, monkeypatch):
+def test_refused(model_path, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("Too short a text.")
-    monkeypatch.setattr(
-        "sys.argv", ["analyze", "--model", model_path, "--text", str(text)]
-    )
-    with pytest.raises(SystemExit, match="--text must hold at least 1024 tokens"):
-        analyze.main()
+    assert cli.main(["analyze", "--model", model_path, "--text", str(text)]) == 1
+    assert "--text must hold at least 1024 tokens" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--tokens must be at least 201"):
         analyze.analyze(model_path, TEXT, 150, 200)

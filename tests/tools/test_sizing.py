@@ -1,5 +1,6 @@
 """The calculator against vLLM's own specs, groups and start-up figure."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from tests.helpers.engine import core, sink_engine
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import sizing
+from vllm_sink.tools import cli, sizing
 
 LLAMA = LlamaConfig(
     num_hidden_layers=32,
@@ -130,20 +131,18 @@ def test_what_is_not_counted_is_refused_by_name(config, match):
 
 def test_command(model_path, capsys):
     options = "--max-model-len 131072 --block-size 128 --memory 2GiB --window-size 1020"
-    sizing.main(["--model", model_path, *options.split()])
+    arguments = ["size", "--model", model_path, *options.split()]
+    assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "30 full-attention layers" in out
     assert "decoding\t1,024 blocks, 5.6 GiB\t10 blocks" in out
     assert "\t0.4\t36.4" in out
-
-
-@pytest.mark.parametrize(
-    "bad", [["--memory", "16"], ["--window-size", "0"], ["--block-size", "0"]]
-)
-def test_bad_arguments_are_refused(model_path, bad, capsys):
-    with pytest.raises(SystemExit):
-        sizing.main(["--model", model_path, *bad])
-    assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["policy"] == {"num_sink_tokens": 4, "window_size": 1020}
+    assert result["dense"]["decoding"]["blocks"] == 1024
+    assert result["dense"]["growth_bytes"] > result["sink"]["growth_bytes"] == 0
+    assert result["sink"]["decoding"]["requests"] == pytest.approx(36.4, abs=0.05)
 
 
 def test_document_holds_the_calculators_numbers():

@@ -1,6 +1,6 @@
 """Find a model's attention sinks, and the S that its text needs.
 
-    python -m vllm_sink.tools.analyze --model M --text FILE [--tokens N] [--out DIR]
+    vllm-sink analyze --model M --text FILE [--tokens N] [--out DIR]
 
 From a Hugging Face forward pass with eager attention, in fp32: how much attention
 each layer and head gives to the first tokens, the sink rates of two papers, and the
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools.cli import print_json
 
 GU_EPSILON, BARBERO_EPSILON = 0.3, 0.8
 RATE_LENGTH = 64  # tokens of a sample for the sink rates
@@ -278,34 +278,36 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_sink.tools.analyze",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``vllm-sink analyze``."""
+    parser.description = __doc__
+    parser.epilog = (
+        "example: vllm-sink analyze --model MODEL --text novel.txt --out analysis"
     )
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--tokens", type=int, default=1024, help="read so many")
     parser.add_argument("--budget", type=int, help="S + W; a quarter of --tokens")
     parser.add_argument("--out", type=Path, help="folder for JSON and heat map")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary or the result; write the files of ``--out``."""
     text = args.text.read_text(encoding="utf-8")
-    try:
-        result = analyze(args.model, text, args.tokens, args.budget or args.tokens // 4)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(summary(result))
+    result = analyze(args.model, text, args.tokens, args.budget or args.tokens // 4)
+    if args.json:
+        print_json(result)
+    else:
+        print(summary(result))
     if args.out is None:
-        return
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "analysis.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     try:
         draw(result, args.out / "first_token.png")
-    except ImportError:
-        sys.exit("the heat map needs matplotlib: pip install 'vllm-sink[eval]'")
-
-
-if __name__ == "__main__":
-    main()
+    except ImportError as error:
+        raise ImportError(
+            "the heat map needs matplotlib: pip install 'vllm-sink[eval]'"
+        ) from error
+    return 0

@@ -1,4 +1,4 @@
-"""How many requests fit: ``python -m vllm_sink.tools.sizing --model MODEL``.
+"""How many requests fit: ``vllm-sink size --model MODEL``.
 
 Reads a model's configuration, allocates nothing, and prints the KV cache of
 stock vLLM (dense) against the sink policy. Blocks are counted by
@@ -12,11 +12,12 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
+from vllm_sink.tools.cli import print_json
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MEMORY_UNITS = {
@@ -195,81 +196,125 @@ def format_bytes(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def rows(
+def measure(
     shape: CacheShape,
-    policy: RetentionPolicy,
+    policy: RetentionPolicy | None,
     *,
     memory: int,
     num_tokens: int,
     batched_tokens: int,
     block_size: int,
-) -> list[tuple[str, str, str]]:
-    """(what, dense, sink) for every line of the table."""
+) -> dict[str, Any]:
+    """What one request of ``num_tokens`` takes; ``policy`` None is dense.
+
+    ``growth_bytes`` is what one more token adds at that length, in the
+    full-attention layers: beyond the budget it takes the place of an evicted one.
+    """
     block_bytes = shape.pool_block_bytes(block_size)
-    pool_blocks = memory // block_bytes
-    # Beyond the budget, a further token takes the place of an evicted one.
-    past = num_tokens > policy.budget
-    growing = 0 if past else shape.num_full_layers * shape.layer_bytes_per_token
-    table = [
-        (
-            "KV bytes written per token",
-            format_bytes(shape.bytes_per_token),
-            format_bytes(shape.bytes_per_token),
-        ),
-        (
-            "growth per token, full-attention layers",
-            format_bytes(shape.num_full_layers * shape.layer_bytes_per_token),
-            format_bytes(growing),
-        ),
-    ]
+    full_bytes = shape.num_full_layers * shape.layer_bytes_per_token
+    past = policy is not None and num_tokens > policy.budget
+    result: dict[str, Any] = {"growth_bytes": 0 if past else full_bytes}
     for name, in_flight in (
         ("decoding", 1),
-        ("prefilling, at most", CONCURRENT_BATCHES * batched_tokens),
+        ("prefilling", CONCURRENT_BATCHES * batched_tokens),
     ):
-        blocks = [
-            shape.request_blocks(kind, num_tokens, in_flight, block_size)
-            for kind in (None, policy)
+        blocks = shape.request_blocks(policy, num_tokens, in_flight, block_size)
+        result[name] = {
+            "blocks": blocks,
+            "bytes": blocks * block_bytes,
+            "requests": memory // block_bytes / blocks,
+        }
+    return result
+
+
+def rows(
+    shape: CacheShape,
+    both: tuple[dict[str, Any], dict[str, Any]],
+    memory: int,
+    num_tokens: int,
+) -> list[tuple[str, str, str]]:
+    """(what, dense, sink) for every line of the table.
+
+    Args:
+        both: Dense and sink, from :func:`measure`.
+    """
+    written = format_bytes(shape.bytes_per_token)
+    growth = [format_bytes(kind["growth_bytes"]) for kind in both]
+    table = [
+        ("KV bytes written per token", written, written),
+        ("growth per token, full-attention layers", growth[0], growth[1]),
+    ]
+    for name, words in (("decoding",) * 2, ("prefilling", "prefilling, at most")):
+        size = [
+            f"{kind[name]['blocks']:,} blocks, {format_bytes(kind[name]['bytes'])}"
+            for kind in both
         ]
-        dense, sink = (f"{n:,} blocks, {format_bytes(n * block_bytes)}" for n in blocks)
-        table.append((f"one request of {num_tokens:,} tokens, {name}", dense, sink))
-        dense, sink = (f"{pool_blocks / n:,.1f}" for n in blocks)
-        table.append((f"requests in {format_bytes(memory)}, all {name}", dense, sink))
+        fit = [f"{kind[name]['requests']:,.1f}" for kind in both]
+        what = f"one request of {num_tokens:,} tokens, {words}"
+        table.append((what, size[0], size[1]))
+        what = f"requests in {format_bytes(memory)}, all {words}"
+        table.append((what, fit[0], fit[1]))
     return table
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_sink.tools.sizing")
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``vllm-sink size``."""
+    parser.description = (
+        "The KV cache of one request and how many requests fit, dense and under the "
+        "policy.\nReads the model's configuration alone."
+    )
+    parser.epilog = (
+        "example: vllm-sink size --model MODEL --memory 40GiB --max-model-len 131072"
+    )
     add = parser.add_argument
     add("--model", required=True, help="folder, config.json, or name on the Hub")
     add("--memory", type=parse_memory, default="16GiB", help="one GPU's KV cache")
-    add("--max-model-len", type=int, help="default: the trained length")
+    add("--max-model-len", type=_positive, help="default: the trained length")
     add("--num-sink-tokens", type=int, default=SinkConfig.num_sink_tokens)
     add("--window-size", type=int, default=SinkConfig.window_size)
-    add("--block-size", type=int, default=16, help="16 on GPUs, 128 on CPUs")
+    add("--block-size", type=_positive, default=16, help="16 on GPUs, 128 on CPUs")
     add("--dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
-    add("--tensor-parallel-size", type=int, default=1)
-    add("--max-num-batched-tokens", type=int, default=2048)
-    args = parser.parse_args(arguments)
-    for name in ("block_size", "tensor_parallel_size", "max_num_batched_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"{name} must be at least 1, got {getattr(args, name)}")
+    add("--tensor-parallel-size", type=_positive, default=1)
+    add("--max-num-batched-tokens", type=_positive, default=2048)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or the numbers."""
+    policy = SinkConfig(args.num_sink_tokens, args.window_size).policy
 
     from transformers import AutoConfig
 
-    try:
-        policy = SinkConfig(args.num_sink_tokens, args.window_size).policy
-        config = AutoConfig.from_pretrained(args.model)
-        shape = read_shape(config, args.dtype, args.tensor_parallel_size)
-        trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-        num_tokens = args.max_model_len or trained
-        if not num_tokens or num_tokens < 1:
-            raise ValueError(
-                f"max_model_len must be at least 1, got {num_tokens}; pass "
-                "--max-model-len"
-            )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    config = AutoConfig.from_pretrained(args.model)
+    shape = read_shape(config, args.dtype, args.tensor_parallel_size)
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    num_tokens = args.max_model_len or trained
+    if not num_tokens:
+        raise ValueError(
+            f"max_model_len must be at least 1, got {num_tokens} in the model's "
+            "configuration; pass --max-model-len"
+        )
+    settings = {
+        "memory": args.memory,
+        "num_tokens": num_tokens,
+        "batched_tokens": args.max_num_batched_tokens,
+        "block_size": args.block_size,
+    }
+    dense = measure(shape, None, **settings)
+    sink = measure(shape, policy, **settings)
+    if args.json:
+        print_json(
+            {
+                "model": args.model,
+                "policy": asdict(policy),
+                "cache": asdict(shape),
+                "tensor_parallel_size": args.tensor_parallel_size,
+                **settings,
+                "bytes_per_token": shape.bytes_per_token,
+                "dense": dense,
+                "sink": sink,
+            }
+        )
+        return 0
     layers = f"{shape.num_full_layers} full-attention layers"
     if shape.num_sliding_layers:
         layers += (
@@ -282,15 +327,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"{shape.head_size}, {shape.bytes_per_value} bytes a value"
     )
     header = ("", "dense", f"sink {policy.num_sink_tokens}+{policy.window_size}")
-    lines = rows(
-        shape,
-        policy,
-        memory=args.memory,
-        num_tokens=num_tokens,
-        batched_tokens=args.max_num_batched_tokens,
-        block_size=args.block_size,
-    )
-    print_table(title, header, lines)
+    print_table(title, header, rows(shape, (dense, sink), args.memory, num_tokens))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
+    return int(text)
 
 
 def print_table(
@@ -310,7 +354,3 @@ def print_table(
     for line in lines:
         table.add_row(*line)
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,78 @@
+"""``vllm-sink``: one command for what a user runs beside the server.
+
+Each tool is a module with a pair of functions::
+
+    configure(parser)      its arguments, its description, an example as epilog
+    run(args) -> int       does it; the exit status. ``args.json``: print JSON alone
+
+A tool raises ValueError or OSError for what its user must change: the message
+becomes one line. Its module is imported when it is asked for, so that ``size``
+doesn't wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from typing import Any
+
+import vllm_sink
+
+# name -> module, and what --help says of it.
+TOOLS: dict[str, tuple[str, str]] = {
+    "size": ("sizing", "the KV cache of a request and how many fit, dense and sink"),
+    "analyze": ("analyze", "where a model's attention goes, and the S it needs"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``vllm-sink``; returns the exit status."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser; only the tool that ``arguments`` name is imported."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-sink",
+        description="Attention sinks for vLLM: sizes, heads and checks.",
+        epilog="example: vllm-sink size --model MODEL --memory 40GiB",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"vllm-sink {vllm_sink.__version__}"
+    )
+    tools = parser.add_subparsers(metavar="TOOL", required=True)
+    for name, (module_name, summary) in TOOLS.items():
+        tool = tools.add_parser(
+            name,
+            help=summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name not in arguments[:1]:
+            continue
+        tool.add_argument(
+            "--json", action="store_true", help="print JSON, for machines"
+        )
+        module = importlib.import_module(f"vllm_sink.tools.{module_name}")
+        module.configure(tool)
+        assert tool.epilog, f"vllm-sink {name} must show an example as its epilog"
+        tool.set_defaults(run=module.run)
+    return parser
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks; the kind of error where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def print_json(value: Any) -> None:
+    """What every tool prints under ``--json``."""
+    print(json.dumps(value, indent=1, allow_nan=False))
