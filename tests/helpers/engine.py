@@ -9,8 +9,13 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 
 @contextlib.contextmanager
-def sink_engine(model, sinks=None, window=None, *, positions="cache", **kwargs):
-    """An engine under (S, W); stock attention when ``sinks`` is None."""
+def sink_engine(
+    model, sinks=None, window=None, *, positions="cache", retrieval=None, **kwargs
+):
+    """An engine under (S, W); stock attention when ``sinks`` is None.
+
+    ``retrieval``: settings of retrieval heads, without their ``retrieval_``.
+    """
     if sinks is not None:
         kwargs["attention_backend"] = "sink"
         kwargs["additional_config"] = {
@@ -18,6 +23,7 @@ def sink_engine(model, sinks=None, window=None, *, positions="cache", **kwargs):
                 "num_sink_tokens": sinks,
                 "window_size": window,
                 "sink_positions": positions,
+                **{f"retrieval_{name}": x for name, x in (retrieval or {}).items()},
             }
         }
     kwargs.setdefault("max_model_len", 4096)
@@ -71,7 +77,12 @@ def core(llm):
 
 def manager(llm):
     """The block manager of the first KV cache group."""
-    return core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    return managers(llm)[0]
+
+
+def managers(llm):
+    """The block managers of all KV cache groups."""
+    return core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
 
 
 def model_runner(llm):

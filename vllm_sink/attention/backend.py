@@ -6,9 +6,11 @@ what both share.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -19,6 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, engine_config
+from vllm_sink.cache import heads
 from vllm_sink.cache.spec import SinkSpec
 
 
@@ -153,3 +156,37 @@ class SinkBackend(AttentionBackend):
                     "does not support; drop the flag or choose another model or "
                     "setting"
                 )
+
+
+class SinkRetrievalBackend(SinkBackend):
+    """The same, for retrieval heads: everything is kept, or a window of their own.
+
+    vLLM asks the class for a spec, so a kind of head is a class.
+    """
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        config = engine_config()
+        if config.retrieval_policy is None:
+            return spec
+        window = config.retrieval_policy.window_size
+        return SinkSpec.from_full(spec, replace(config, window_size=window))
+
+
+def give_heads(parent: torch.nn.Module, name: str, child: Any) -> None:
+    """A model registers a layer: give it its heads, if it has any of two kinds.
+
+    vLLM's ``Attention`` doesn't say to its backend which layer it is; torch's public
+    registration hook sees it once it has a name. Hooked in when vLLM first asks for
+    this backend, which is before it makes a layer.
+    """
+    if getattr(child, "attn_backend", None) is not SinkBackend:
+        return
+    head_map = engine_config().head_map
+    if head_map is None or not head_map.num_retrieval_heads:
+        return
+    if isinstance(child, Attention) and child.impl.heads is None:
+        heads.add_companions(child, head_map, SinkBackend, SinkRetrievalBackend)
+
+
+torch.nn.modules.module.register_module_module_registration_hook(give_heads)

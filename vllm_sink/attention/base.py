@@ -5,6 +5,24 @@ where :class:`SinkImplBase` reads it and remembers it for this process;
 ``customize_spec``, which vLLM calls later without any config, puts it into the
 spec, which is pickled to the engine core. :class:`SinkBuilderBase` checks that
 spec and config agree, and tells each layer how its keys were rotated.
+
+Heads of two policies (:mod:`vllm_sink.cache.heads`): a layer's KV heads are in
+several KV cache groups, each with a builder, a policy and a block table. For a layer
+forward, all that is needed hangs together like this::
+
+    impl.heads                        None, or a HeadCache for each KV head, in order
+      head.kv_cache                   [B, 1, N, 2D], bound once; all of one shape,
+                                      strides and dtype
+      head.group.index                i: which part of the step is the head's group
+    metadata.step                     the step that all groups' metadata share
+      step.parts[i]                   metadata of group i: its policy, block table,
+                                      slots. All are there when a layer runs.
+      step.plan                       what a path makes of all parts, once a step
+
+A group's block table and slots are slices of buffers that vLLM allocates once, so
+their addresses stay from step to step (a table of addresses can be made once and
+used in CUDA graphs). A layer whose heads are of one kind has ``heads = None``; its
+metadata's step then has that one part.
 """
 
 from __future__ import annotations
@@ -22,16 +40,37 @@ from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
+    CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
+from vllm_sink.cache.heads import HeadCache, HeadGroup, HeadGroups, Padding
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.policy.refusals import validate_engine
 
 M = TypeVar("M")
+
+
+class Step:
+    """What the builders of an engine's groups of heads make of one step.
+
+    Args:
+        key: An object that only this step's groups have.
+        num_parts: Groups.
+    """
+
+    def __init__(self, key: Any, num_parts: int) -> None:
+        self.key = key
+        self.parts: list[Any] = [None] * num_parts
+        self.plan: Any = None
+
+    @property
+    def is_complete(self) -> bool:
+        return all(part is not None for part in self.parts)
+
 
 # The config of the engine whose layers were built last in this process.
 _engine_config = SinkConfig()
@@ -61,6 +100,15 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         self.layers: dict[str, Any] = get_layers_from_vllm_config(
             vllm_config, Attention, layer_names
         )
+        heads = get_layers_from_vllm_config(vllm_config, HeadCache, layer_names)
+        # The group among those of heads; None: its layers' heads are of one kind.
+        self.group: HeadGroup | None = None
+        self.groups: HeadGroups | None = None
+        real = [head for head in heads.values() if not isinstance(head, Padding)]
+        if real:
+            self.groups = real[0].groups
+            self.group = self.groups.register(heads.values())
+            self.layers.update({head.owner.layer_name: head.owner for head in real})
         self.block_size = kv_cache_spec.block_size
         # id of a rotary table -> the rotation, for tables that turns need.
         self.rotations: dict[int, Rotation] = {}
@@ -68,27 +116,47 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.policy = RetentionPolicy(
                 kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
             )
-            assert self.policy == config.policy, (
-                f"spec has {self.policy}, config has {config.policy}"
+            assert self.policy in (config.policy, config.retrieval_policy), (
+                f"spec has {self.policy}, config has {config.policy} and "
+                f"{config.retrieval_policy}"
             )
             self._find_rotations(config, vllm_config.model_config.max_model_len)
+        elif kv_cache_spec.sliding_window is None:  # keeps everything
+            self.policy = RetentionPolicy(0, vllm_config.model_config.max_model_len)
         else:
             windows = {layer.sliding_window for layer in self.layers.values()}
             assert len(windows) == 1, f"one group, several windows: {windows}"
             self.policy = RetentionPolicy(0, windows.pop())
 
     def _find_rotations(self, config: SinkConfig, max_model_len: int) -> None:
-        reached = config.policy.budget < max_model_len
+        reached = self.policy.budget < max_model_len
         if config.sink_positions == "absolute" or not config.num_sink_tokens:
             reached = False
+        if not reached:
+            return
         for name, layer in self.layers.items():
-            if not reached:
-                layer.impl.rotation = None
-                continue
             rotation = find_rotation(name, layer)
             check_table(name, rotation, max_model_len)
             layer.impl.rotation = rotation
             self.rotations[id(rotation.cos_sin_cache)] = rotation
+
+    def join_step(self, common: CommonAttentionMetadata, metadata: Any) -> Step:
+        """Make a group's metadata a part of its step, which the first group begins.
+
+        vLLM builds group by group, from copies of one ``common`` that share the
+        tensor compared here.
+        """
+        if self.group is None or self.groups is None:
+            step, index = Step(common.query_start_loc, 1), 0
+        else:
+            step, index = self.groups.step, self.group.index
+            is_new = step is None or step.key is not common.query_start_loc
+            if is_new or step.parts[index] is not None:
+                step = Step(common.query_start_loc, len(self.groups.groups))
+                self.groups.step = step
+        step.parts[index] = metadata
+        metadata.step = step
+        return step
 
 
 class SinkImplBase(AttentionImpl[M]):
@@ -122,5 +190,8 @@ class SinkImplBase(AttentionImpl[M]):
         self.soft_cap = logits_soft_cap or 0.0
         self.writes_cache = kv_sharing_target_layer_name is None
         self.sink_logits = sinks
-        # Set by the builder, which sees the layers; None: no turn.
+        # A companion for each KV head if they are of two kinds: cache.heads.
+        self.heads: tuple[HeadCache, ...] | None = None
+        # Set by the builder, which sees the layers; None: no turn. Which of the
+        # heads turn, and where, is their policies' matter.
         self.rotation: Rotation | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
@@ -12,16 +12,17 @@ from vllm_sink_kernels.cpu import attention, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
-from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
+from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
+from vllm_sink.attention.rotation import Rotation
 
 
 @dataclass
-class SinkCpuMetadata(AttentionMetadata):
-    """One step's plan, shared by all layers of a KV cache group.
+class SinkCpuPlan:
+    """A step's plan, made once for all layers and all groups of heads.
 
     Args:
         num_tokens: T, query tokens without padding.
-        plan: The CPU path's plan.
+        plan: The CPU path's plan; its kinds are the step's parts.
         slots: Where each token's K and V go.
         turns: id of a rotary table -> the sink turn.
     """
@@ -30,6 +31,23 @@ class SinkCpuMetadata(AttentionMetadata):
     plan: attention.Plan
     slots: Slots
     turns: dict[int, Turns]
+
+
+@dataclass
+class SinkCpuMetadata(AttentionMetadata):
+    """What one KV cache group gives to a step's plan.
+
+    Args:
+        kind: The group's block table and policy.
+        slots: [T] int64, where the group's heads write.
+        rotations: id of a rotary table -> the rotation, of tables that turns need.
+        step: The step that all groups of heads share.
+    """
+
+    kind: Kind
+    slots: torch.Tensor
+    rotations: dict[int, Rotation]
+    step: Step = field(init=False, repr=False)
 
 
 class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
@@ -52,35 +70,79 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         fast_build: bool = False,
     ) -> SinkCpuMetadata:
         common = common_attn_metadata
-        num_tokens = common.num_actual_tokens
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
-        seq_lens = common.seq_lens[: common.num_reqs].tolist()
-        kind = Kind(
-            common.block_table_tensor,
-            self.policy.num_sink_tokens,
-            self.policy.window_size,
+        metadata = SinkCpuMetadata(
+            kind=Kind(
+                common.block_table_tensor,
+                self.policy.num_sink_tokens,
+                self.policy.window_size,
+            ),
+            slots=common.slot_mapping[: common.num_actual_tokens],
+            rotations=self.rotations,
         )
-        plan = attention.plan([kind], starts, seq_lens, block_size=self.block_size)
-        turns = {}
-        if self.rotations and max(seq_lens, default=0) > self.policy.budget:
-            # Of a request that ends in row e at length n, row r is at n - e + r.
-            ends = torch.tensor(starts[1:])
-            offsets = torch.tensor(seq_lens) - ends
-            positions = torch.arange(num_tokens) + offsets.repeat_interleave(
-                ends - torch.tensor(starts[:-1])
-            )
-            turns = {
-                key: Turns(
-                    (rotation.turn(positions, self.policy.budget),), rotation.is_neox
-                )
-                for key, rotation in self.rotations.items()
-            }
-        return SinkCpuMetadata(
-            num_tokens=num_tokens,
-            plan=plan,
-            slots=Slots.of_kinds([common.slot_mapping[:num_tokens]]),
-            turns=turns,
+        step = self.join_step(common, metadata)
+        if step.is_complete:
+            step.plan = _plan(step.parts, common, self.block_size)
+        return metadata
+
+
+def _plan(
+    parts: list[SinkCpuMetadata], common: CommonAttentionMetadata, block_size: int
+) -> SinkCpuPlan:
+    """The plan of a step from what its groups gave.
+
+    Args:
+        common: Any group's; only what the groups share is read.
+    """
+    num_tokens = common.num_actual_tokens
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+    seq_lens = common.seq_lens[: common.num_reqs].tolist()
+    kinds = [part.kind for part in parts]
+    return SinkCpuPlan(
+        num_tokens=num_tokens,
+        plan=attention.plan(kinds, starts, seq_lens, block_size=block_size),
+        slots=Slots.of_kinds([part.slots for part in parts]),
+        turns=_turns(parts, num_tokens, starts, seq_lens),
+    )
+
+
+def _turns(
+    parts: list[SinkCpuMetadata],
+    num_tokens: int,
+    starts: list[int],
+    seq_lens: list[int],
+) -> dict[int, Turns]:
+    """The sink turns of a step: one a rotary table and policy."""
+    longest = max(seq_lens, default=0)
+    budgets = [part.kind.num_sink_tokens + part.kind.window_size for part in parts]
+    rotations = {
+        key: rotation
+        for part, budget in zip(parts, budgets, strict=True)
+        if longest > budget
+        for key, rotation in part.rotations.items()
+    }
+    if not rotations:
+        return {}
+    # Of a request that ends in row e at length n, row r is at n - e + r.
+    ends = torch.tensor(starts[1:])
+    offsets = torch.tensor(seq_lens) - ends
+    positions = torch.arange(num_tokens) + offsets.repeat_interleave(
+        ends - torch.tensor(starts[:-1])
+    )
+    turns = {}
+    for key, rotation in rotations.items():
+        pairs = {
+            budget: rotation.turn(positions, budget)
+            for part, budget in zip(parts, budgets, strict=True)
+            if key in part.rotations and longest > budget
+        }
+        turns[key] = Turns(
+            tuple(
+                pairs.get(budget) if key in part.rotations else None
+                for part, budget in zip(parts, budgets, strict=True)
+            ),
+            rotation.is_neox,
         )
+    return turns
 
 
 class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
@@ -109,17 +171,18 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         """
         if attn_metadata is None:
             return output
-        n = attn_metadata.num_tokens
+        plan: SinkCpuPlan = attn_metadata.step.plan
+        n = plan.num_tokens
         caches = self._head_caches(kv_cache)
         if self.writes_cache and key is not None:
-            write.write_kv(key, value, caches, attn_metadata.slots)
+            write.write_kv(key, value, caches, plan.slots)
         turns = None
-        if self.rotation is not None and attn_metadata.turns:
-            turns = attn_metadata.turns[id(self.rotation.cos_sin_cache)]
+        if self.rotation is not None:
+            turns = plan.turns.get(id(self.rotation.cos_sin_cache))
         attention.attend(
             query[:n],
             caches,
-            attn_metadata.plan,
+            plan.plan,
             output[:n],
             scale=self.scale,
             turns=turns,
@@ -129,10 +192,26 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         return output
 
     def _head_caches(self, kv_cache: torch.Tensor) -> HeadCaches:
-        """Made once: the cache of a layer stays where it is."""
+        """Made once: the cache of a layer stays where it is.
+
+        Args:
+            kv_cache: [B, HKV, N, 2D], or of heads that have caches of their own the
+                first's, which vLLM gives to the layer.
+        """
         known = self._caches
         if known is None or known.tensors[0].data_ptr() != kv_cache.data_ptr():
-            blocks, heads, size, width = kv_cache.shape
-            pages = kv_cache.view(blocks, heads, 2 * size, width // 2)
-            known = self._caches = HeadCaches.of_layer(pages)
+            if self.heads is None:
+                known = HeadCaches.of_layer(_pages(kv_cache))
+            else:
+                known = HeadCaches.of_heads(
+                    [_pages(head.kv_cache) for head in self.heads],
+                    [head.group.index for head in self.heads],
+                )
+            self._caches = known
         return known
+
+
+def _pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, 2D] -> the same bytes as [B, H, 2N, D]."""
+    blocks, heads, size, width = kv_cache.shape
+    return kv_cache.view(blocks, heads, 2 * size, width // 2)

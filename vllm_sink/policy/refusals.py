@@ -164,15 +164,73 @@ def _is_interpreted() -> bool:
     return type(tl.cdiv).__name__ == "InterpretedFunction"
 
 
-def _retrieval_heads(_: VllmConfig, config: SinkConfig) -> Iterator[Refusal]:
+def _retrieval_heads(vllm_config: VllmConfig, config: SinkConfig) -> Iterator[Refusal]:
     heads = config.head_map
-    if heads is not None and heads.num_retrieval_heads:
+    if heads is None or not heads.num_retrieval_heads or heads.is_uniform:
+        return
+    name = "must {} with sink.retrieval_heads or sink.retrieval_layers"
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield Refusal(
+            "disable_hybrid_kv_cache_manager",
+            name.format("be false"),
+            "true, which would keep everything for every head",
+            "drop --disable-hybrid-kv-cache-manager",
+        )
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield Refusal(
+            "kv_sharing_fast_prefill",
+            name.format("be false"),
+            "true",
+            "drop --kv-sharing-fast-prefill",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        yield Refusal(
+            "pipeline_parallel_size",
+            name.format("be 1"),
+            str(parallel.pipeline_parallel_size),
+            "use tensor parallelism",
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in MODEL_FREE_DRAFTERS:
+        yield Refusal(
+            "speculative_config.method",
+            name.format(f"be one of {', '.join(MODEL_FREE_DRAFTERS)}"),
+            f"{speculative.method!r}, whose layers are not in the map",
+            "draft with n-grams or drop --speculative-config",
+        )
+    if heads.splits_layers and _uses_triton(config):
         yield Refusal(
             "sink.retrieval_heads",
-            "must choose no head in this version, whose layers don't use it",
-            f"{heads.num_retrieval_heads} of {heads.num_heads}",
+            "must choose whole layers on the GPU path in this version",
+            "a map that splits layers",
+            "use sink.retrieval_layers",
+        )
+    if model is not None and _own_windows(model):
+        yield Refusal(
+            "model",
+            name.format("have no windows of its own"),
+            repr(model.model),
             "leave sink.retrieval_heads and sink.retrieval_layers out",
         )
+
+
+def _uses_triton(config: SinkConfig) -> bool:
+    from vllm.platforms import current_platform
+
+    return config.triton_interpreter or not current_platform.is_cpu()
+
+
+# Drafters that have no layers.
+MODEL_FREE_DRAFTERS = ("ngram", "ngram_gpu", "suffix")
+
+
+def _own_windows(model: Any) -> bool:
+    """Whether some layers of the model have something else than full attention."""
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    return model.get_sliding_window() is not None or bool(
+        set(kinds) - {"full_attention"}
+    )
 
 
 # In the order in which the start tells of them.

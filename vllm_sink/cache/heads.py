@@ -1,0 +1,244 @@
+"""A KV head is a layer to vLLM's allocator: caches for heads of two policies.
+
+Where a layer has heads of both kinds, each of its local KV heads gets a *companion*
+(:class:`HeadCache`): an entry of vLLM's ``static_forward_context`` that is no module
+and computes nothing. It has a KV cache spec of one head, and vLLM's own grouping of
+hybrid models gives it a group, a block table and a cache::
+
+    Attention "…layers.3.self_attn.attn"   no cache of its own
+      "…attn_kv0"  HeadCache, streaming    group 1, cache [B, 1, N, 2D]
+      "…attn_kv1"  HeadCache, retrieval    group 0
+      "…attn_kv2"  HeadCache, streaming    group 2
+
+Nothing of vLLM is patched. What it needs to be told:
+
+* The module "shares" the KV cache of its first companion, vLLM's cross-layer
+  sharing: that gives it metadata and no memory.
+* A companion is named by the GLOBAL head. Tensor-parallel ranks that hold different
+  heads then look like pipeline stages, which vLLM's grouping handles.
+* vLLM reads a layer's index from its name and accepts one number between dots.
+* Its grouping takes the smaller kind's size for all groups and deals heads out in
+  turn. :class:`Padding` fills every worker's groups up to one size
+  (:mod:`vllm_sink.policy.grouping`), and the deal then gives each worker as many.
+
+Where no layer has heads of both kinds there are no companions: the layers' own
+specs differ, and padding alone is added.
+
+A forward of the layer finds its heads in ``impl.heads`` and its step in the
+metadata: ``metadata.step.parts[head.group.index]`` is what the builder of the
+head's group made of this step. See :mod:`vllm_sink.attention.base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_sink.policy.grouping import Grouping, choose_grouping
+from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+
+
+@dataclass(eq=False)
+class HeadGroup:
+    """The heads of one KV cache group.
+
+    Args:
+        heads: Its companions, padding included.
+        index: Its place among the engine's groups of heads.
+    """
+
+    heads: tuple[HeadCache, ...]
+    index: int
+
+
+@dataclass(eq=False)
+class HeadGroups:
+    """All groups of heads of one engine in this process, in the builders' order.
+
+    Args:
+        grouping: What vLLM's grouping comes to.
+        groups: Filled as vLLM makes the groups' metadata builders.
+        step: The step that these are building; the attention room's.
+    """
+
+    grouping: Grouping
+    groups: list[HeadGroup] = field(default_factory=list)
+    step: Any = None
+
+    def register(self, heads: Iterable[HeadCache]) -> HeadGroup:
+        """The group of these heads; vLLM may make a group's builder again."""
+        heads = tuple(heads)
+        for group in self.groups:
+            if set(group.heads) == set(heads):
+                return group
+            assert not set(group.heads) & set(heads), "a head is in one group"
+        group = HeadGroup(heads, len(self.groups))
+        self.groups.append(group)
+        for head in heads:
+            head.group = group
+        return group
+
+
+class HeadCache(AttentionLayerBase):
+    """The KV cache of one KV head: a layer to the allocator, no module.
+
+    Args:
+        name: Its layer name.
+        owner: The attention module whose head it is.
+        is_retrieval: Its kind.
+        backend: The backend class, which gives the spec its policy.
+        groups: The engine's.
+    """
+
+    group: HeadGroup
+    kv_cache: torch.Tensor  # [B, 1, N, 2D], bound by vLLM
+
+    def __init__(
+        self,
+        name: str,
+        owner: Attention,
+        is_retrieval: bool,
+        backend: type,
+        groups: HeadGroups,
+    ) -> None:
+        self.layer_name = name
+        self.owner = owner
+        self.is_retrieval = is_retrieval
+        self.attn_backend = backend
+        self.groups = groups
+        self.kv_cache = torch.tensor([])
+        # vLLM makes a metadata builder for each (backend, spec, num_heads): as the
+        # owner's, which is in its first companion's group, so that one does.
+        self.num_heads = owner.num_heads
+        self.impl = owner.impl
+
+    def get_attn_backend(self) -> type:
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = self.owner.get_kv_cache_spec(vllm_config)
+        assert type(spec) is FullAttentionSpec, spec
+        return replace(spec, num_kv_heads=1)
+
+
+class Padding(HeadCache):
+    """A place in a group without a head: no tensor is its own, nothing is written."""
+
+
+class LayerPadding(Padding):
+    """A place in a group of whole layers."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = self.owner.get_kv_cache_spec(vllm_config)
+        assert spec is not None
+        return spec
+
+
+def add_companions(
+    layer: Attention, heads: HeadMap, backend: type, retrieval_backend: type
+) -> None:
+    """Give a layer that was just made its companions, or a policy as a whole.
+
+    Args:
+        layer: Registered in the current config's ``static_forward_context``.
+        heads: The whole model's.
+        backend, retrieval_backend: Of streaming heads and of retrieval heads.
+    """
+    vllm_config = get_current_vllm_config()
+    context = vllm_config.compilation_config.static_forward_context
+    name = layer.layer_name
+    index = extract_layer_index(name)
+    refuse_layer(layer, index, heads)
+    is_retrieval = heads.is_retrieval[index]
+
+    def backend_of(kind: bool) -> type:
+        return retrieval_backend if kind else backend
+
+    # Read by vLLM later, through get_attn_backend(): a class for a kind of spec.
+    layer.attn_backend = backend_of(is_retrieval[0])
+    if heads.is_uniform:
+        return
+    rank, counts = _counts(vllm_config, heads)
+    first = next((c for c in context.values() if isinstance(c, HeadCache)), None)
+    groups = first.groups if first else HeadGroups(choose_grouping(counts.values()))
+    mine = rank if heads.splits_layers else range(0)
+    companions = tuple(
+        HeadCache(
+            f"{name}_kv{head}",
+            layer,
+            is_retrieval[head],
+            backend_of(is_retrieval[head]),
+            groups,
+        )
+        for head in mine
+    )
+    if heads.splits_layers:
+        assert len(companions) == layer.num_kv_heads, (mine, layer.num_kv_heads)
+        layer.attn_backend = companions[0].attn_backend
+        layer.kv_sharing_target_layer_name = companions[0].layer_name
+        layer.impl.heads = companions
+    paddings = []
+    if first is None:
+        missing = groups.grouping.padding(*counts[rank])
+        for kind, count in zip((True, False), missing, strict=True):
+            # The same name on ranks that hold the same heads.
+            prefix = f"{name}_padding{rank.start}_{int(kind)}_"
+            kind_of_padding = Padding if heads.splits_layers else LayerPadding
+            paddings += [
+                kind_of_padding(f"{prefix}{i}", layer, kind, backend_of(kind), groups)
+                for i in range(count)
+            ]
+    for companion in (*companions, *paddings):
+        assert companion.layer_name not in context, companion.layer_name
+        context[companion.layer_name] = companion
+
+
+def refuse_layer(layer: Attention, index: int, heads: HeadMap) -> None:
+    """Refuse a layer that a head map can't describe, by name.
+
+    Raises:
+        ValueError: Names the layer and the remedy.
+    """
+    reasons = {
+        f"a window of its own ({layer.sliding_window})": layer.sliding_window,
+        "the KV cache of another layer": layer.kv_sharing_target_layer_name,
+        f"index {index} in a map of {heads.num_layers} layers": (
+            index >= heads.num_layers
+        ),
+    }
+    for reason, is_refused in reasons.items():
+        if is_refused:
+            raise ValueError(
+                "sink.retrieval_heads must be left out for a model with layers that "
+                f"the map can't describe, got {layer.layer_name} with {reason}; leave "
+                "sink.retrieval_heads and sink.retrieval_layers out"
+            )
+
+
+def _counts(
+    vllm_config: VllmConfig, heads: HeadMap
+) -> tuple[range, dict[range, tuple[int, int]]]:
+    """This rank's heads, and (retrieval, streaming) of all ranks' heads.
+
+    Layers are counted instead of heads where no layer is split.
+    """
+    parallel = vllm_config.parallel_config
+    num_ranks = parallel.tensor_parallel_size
+    rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
+    ranges = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
+    if not heads.splits_layers:
+        ranges = [range(1)]
+    counts = {}
+    for held in ranges:
+        retrieval = heads.count(held)
+        counts[held] = retrieval, heads.num_layers * len(held) - retrieval
+    return ranges[min(rank, len(ranges) - 1)], counts

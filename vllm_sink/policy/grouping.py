@@ -1,0 +1,84 @@
+"""How the heads of two policies share one pool of blocks: pure arithmetic.
+
+vLLM's pool has blocks of one size: the pages of ``size`` heads for some tokens. A
+*group* is ``size`` heads of one policy with one block table. Every worker has the
+same groups, whatever heads it holds; a place in a group without a head costs no
+tensor of its own, but its share of the group's blocks is never used::
+
+    group     block of the pool
+    retrieval [head 3 | head 7 | head 8 ]
+    streaming [head 0 | head 1 | head 2 ]
+    streaming [head 4 | head 5 | padding]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_sink.policy.layout import cdiv
+
+# Groups cost the scheduler and the planning of a step time, each its own.
+MAX_GROUPS = 8
+# How much longer than the streaming heads' budget a request is where memory matters.
+LENGTHS_IN_BUDGETS = 8
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Groups of equal size; see :func:`choose_grouping`.
+
+    Args:
+        size: Heads of a group (or layers, where no layer is split).
+        num_retrieval, num_streaming: Groups of each kind.
+    """
+
+    size: int
+    num_retrieval: int
+    num_streaming: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_retrieval + self.num_streaming
+
+    def padding(self, num_retrieval: int, num_streaming: int) -> tuple[int, int]:
+        """Empty places of each kind on a worker that holds so many heads."""
+        return (
+            self.num_retrieval * self.size - num_retrieval,
+            self.num_streaming * self.size - num_streaming,
+        )
+
+    def request_blocks(self, retrieval_blocks: int, streaming_blocks: int) -> int:
+        """Pool blocks of a request with so many in a group of each kind."""
+        return (
+            self.num_retrieval * retrieval_blocks
+            + self.num_streaming * streaming_blocks
+        )
+
+
+def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
+    """The groups that hold a long request in the least memory.
+
+    One kind has a single group: vLLM groups by the smaller kind's size, and would
+    undo a finer division.
+
+    Args:
+        counts: (retrieval heads, streaming heads) of each worker.
+    """
+    counts = list(counts)
+    retrieval = max(count for count, _ in counts)
+    streaming = max(count for _, count in counts)
+    if not retrieval or not streaming:
+        size = max(retrieval, streaming)
+        return Grouping(size, int(retrieval > 0), int(streaming > 0))
+    options = [
+        Grouping(size, cdiv(retrieval, size), cdiv(streaming, size))
+        for size in range(min(retrieval, streaming), max(retrieval, streaming) + 1)
+    ]
+    return min(
+        (option for option in options if option.num_groups <= MAX_GROUPS),
+        key=lambda option: (
+            option.size * option.request_blocks(LENGTHS_IN_BUDGETS, 1),
+            option.num_groups,
+        ),
+    )
