@@ -157,7 +157,7 @@ def test_document_holds_the_calculators_numbers():
         shape = sizing.CacheShape(*map(int, (full, own, window, heads, size)), 2)
         block = shape.pool_block_bytes(16)
         dense = shape.request_blocks(None, 131_072, 1, 16) * block
-        sink = shape.request_blocks(RetentionPolicy(4, 1024), 131_072, 1, 16) * block
+        sink = shape.request_blocks(RetentionPolicy(4, 4092), 131_072, 1, 16) * block
         assert dense_gib == pytest.approx(dense / 2**30, abs=0.051), match["model"]
         assert sink_mib == pytest.approx(sink / 2**20, abs=0.51), match["model"]
         assert times == pytest.approx(dense / sink, abs=0.51), match["model"]
