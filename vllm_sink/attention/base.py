@@ -36,6 +36,7 @@ from vllm.config import (
     get_layers_from_vllm_config,
 )
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
@@ -100,14 +101,17 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         self.layers: dict[str, Any] = get_layers_from_vllm_config(
             vllm_config, Attention, layer_names
         )
-        heads = get_layers_from_vllm_config(vllm_config, HeadCache, layer_names)
         # The group among those of heads; None: its layers' heads are of one kind.
         self.group: HeadGroup | None = None
         self.groups: HeadGroups | None = None
-        real = [head for head in heads.values() if not isinstance(head, Padding)]
+        layers: Any = get_layers_from_vllm_config(
+            vllm_config, AttentionLayerBase, layer_names
+        )
+        heads = [x for x in layers.values() if isinstance(x, HeadCache)]
+        real = [head for head in heads if not isinstance(head, Padding)]
         if real:
             self.groups = real[0].groups
-            self.group = self.groups.register(heads.values())
+            self.group = self.groups.register(heads)
             self.layers.update({head.owner.layer_name: head.owner for head in real})
         self.block_size = kv_cache_spec.block_size
         # id of a rotary table -> the rotation, for tables that turns need.
