@@ -77,6 +77,63 @@ def change_by_layer(csv_path: Path, png_path: Path) -> None:
     save(figure, png_path)
 
 
+STYLES = {"found": ("C0", "o-"), "whole layers": ("C1", "s--"), "random": ("C3", "x:")}
+
+
+def needles_by_memory(csv_path: Path, png_path: Path) -> None:
+    """A panel a length: needles kept of full attention's, against KV memory."""
+    rows = read(csv_path)
+    lengths = sorted({int(row["length"]) for row in rows})
+    figure, panels = plt.subplots(
+        1, len(lengths), figsize=(3.3 * len(lengths), 3.5), sharey=True, squeeze=False
+    )
+    for axes, length in zip(panels[0], lengths, strict=True):
+        here = [row for row in rows if int(row["length"]) == length]
+        full = max(int(row["hits"]) for row in here if float(row["fraction"]) == 1)
+        for name, (color, style) in STYLES.items():
+            points = sorted(
+                (float(r["kv_share"]), int(r["hits"]) / full, float(r["fraction"]))
+                for r in here
+                if r["heads"] == name
+            )
+            x, y, shares = zip(*points, strict=True)
+            axes.plot(x, y, style, color=color, ms=5, label=f"{name} heads")
+            if name == "found":
+                for point in zip(x, y, shares, strict=True):
+                    text = "streaming" if point[2] == 0 else f"{point[2]:.0%}"
+                    axes.annotate(
+                        text, point[:2], (3, -11), textcoords="offset points", size=7
+                    )
+        axes.set(xlim=(0, 1.05), ylim=(-0.05, 1.1), title=f"{length:,} tokens")
+        axes.set_xlabel("KV memory / full attention's")
+        axes.grid(**GRID)
+    panels[0][0].set_ylabel("needles found / full attention's")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    labels = [label.replace("layers heads", "layers") for label in labels]
+    panels[0][-1].legend(handles, labels, fontsize=8, loc="lower right")
+    save(figure, png_path)
+
+
+def perplexity_by_fraction(csv_path: Path, png_path: Path) -> None:
+    """A line a way to choose the heads: perplexity over the texts."""
+    curves = defaultdict(lambda: defaultdict(list))
+    for row in read(csv_path):
+        nll = float(row["mean_nll"])
+        curves[row["heads"]][100 * float(row["fraction"])].append(nll)
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for name, by_share in curves.items():
+        points = [
+            (share, math.exp(sum(nlls) / len(nlls)))
+            for share, nlls in sorted(by_share.items())
+        ]
+        color, style = STYLES[name]
+        axes.plot(*zip(*points, strict=True), style, color=color, ms=5, label=name)
+    axes.set(xlabel="% of KV heads that keep everything", ylabel="perplexity")
+    axes.grid(**GRID)
+    axes.legend(fontsize=8)
+    save(figure, png_path)
+
+
 def of_parts(parts: list[dict], out: Path) -> None:
     """A picture a task of ``evals.run``'s results, by what its samples carry."""
     by_task = defaultdict(list)

@@ -5,8 +5,12 @@
     python -m evals.reproduce attention --model M --text novel.txt --name "Emma"
     python -m evals.reproduce mixing    --model M --text novel.txt --name "Emma"
 
+    python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
+    python -m evals.reproduce heads_ppl, heads_stability: the same
+
 Each writes a CSV, with its configuration in every row, and a PNG that is drawn
-from the CSV alone. ``--plot-only`` draws again.
+from the CSV alone. ``--plot-only`` draws again. The last three go on where they were
+stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals import engine, plots
+from evals import engine, heads, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
@@ -183,6 +187,12 @@ COMMANDS = {
     "attention": (attention, plots.attention_by_layer),
     "mixing": (mixing, plots.change_by_layer),
 }
+# These read several texts and write their rows themselves.
+HEADS = {
+    "heads": (heads.measure_needles, plots.needles_by_memory),
+    "heads_ppl": (heads.measure_perplexity, plots.perplexity_by_fraction),
+    "heads_stability": (heads.measure_stability, None),
+}
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}
 
@@ -193,23 +203,36 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("what", choices=[*COMMANDS, *HEADS])
     parser.add_argument("--model", help="folder or Hub name")
-    parser.add_argument("--text", type=Path, help="a text file")
+    parser.add_argument("--text", type=Path, nargs="+", help="text files")
     parser.add_argument("--name", help="what to call the text in the CSV")
     parser.add_argument("--tokens", type=int, help="16,384; less for the last two")
     parser.add_argument("--budget", type=int, default=1024, help="S + W")
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
+    parser.add_argument("--lengths", type=int, nargs="+", help="heads: of haystacks")
+    parser.add_argument("--haystacks", type=int, help="heads: of each length, 13")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
-    measure, draw = COMMANDS[args.what]
     path = args.out / f"{args.what}.csv"
     if not args.plot_only:
         if args.model is None or args.text is None:
             parser.error("--model and --text are needed")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if args.what in HEADS:
+        args.texts = args.text
+        fill, draw_heads = HEADS[args.what]
+        if not args.plot_only:
+            fill(args, path)
+        if draw_heads is not None:
+            draw_heads(path, path.with_suffix(".png"))
+        print(path)
+        return
+    measure, draw = COMMANDS[args.what]
+    if not args.plot_only:
+        args.text = args.text[0]
         args.tokens = args.tokens or SHORT.get(args.what, 16_384)
         args.name = args.name or args.text.stem
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         write_rows(path, measure(args))
     draw(path, path.with_suffix(".png"))
     print(f"{path} and {path.with_suffix('.png').name}")

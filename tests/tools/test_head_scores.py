@@ -1,0 +1,107 @@
+"""The finder on a model whose heads are known, and on the real one."""
+
+import random
+
+import pytest
+import torch
+
+from tests.helpers import copying_llama
+from vllm_sink.tools.heads import attention, scores, texts
+
+
+@pytest.fixture(scope="module")
+def smollm(model_path):
+    model, tokenizer = attention.load(model_path)
+    layers = attention.inspect(model, list(range(10, 18)))
+    return model, tokenizer, layers
+
+
+@pytest.fixture(scope="module")
+def found(smollm):
+    model, tokenizer, layers = smollm
+    return scores.find(model, tokenizer, texts.python_prose()[:120_000], layers)
+
+
+@pytest.mark.parametrize("opening", [[], [0]])
+def test_known_heads_are_found_exactly(opening):
+    """Two echo and two induction heads come first; what else there is, after."""
+    attention.register()
+    model = copying_llama.build(attention.NAME)
+    passage = random.Random(0).sample(range(1, copying_llama.VOCAB), 100)
+    layers = attention.inspect(model, passage)
+    assert layers == attention.Layers(4, 2, (0, 1, 2, 3))
+    echo, induction = scores.echo_and_induction(model, passage, layers, opening)
+    for layer in range(4):
+        for head in range(4):
+            # The other equal token of an echo head is the query itself: half each.
+            if (layer, head) in copying_llama.ECHO_HEADS:
+                assert echo[layer, head] > 0.45
+            else:
+                assert echo[layer, head] < 0.05
+            if (layer, head) in copying_llama.INDUCTION_HEADS:
+                assert induction[layer, head] > 0.9
+            else:
+                assert induction[layer, head] < 0.05
+    by_group = [x.view(4, 2, 2).amax(2) for x in (echo, induction)]
+    ranked = scores.combine(*by_group, layers)
+    known = {*copying_llama.ECHO_HEADS, *copying_llama.INDUCTION_HEADS}
+    assert set(ranked.order()[:4]) == {(layer, head // 2) for layer, head in known}
+
+
+def test_shares_equal_the_models_own_attentions(smollm, model_path, prose):
+    """Query by query, from the weights that eager attention returns."""
+    from transformers import AutoModelForCausalLM
+
+    model, _, layers = smollm
+    passage = prose[100:160]
+    echo, induction = scores.echo_and_induction(model, passage, layers, [])
+    eager = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.inference_mode():
+        tokens = torch.tensor([passage * 2])
+        weights = torch.stack(eager(tokens, output_attentions=True).attentions)[:, 0]
+    late = range(60, 119)  # the last token has no successor in the first copy
+    same = torch.stack([weights[:, :, q, q - 60] for q in late]).mean(0)
+    after = torch.stack([weights[:, :, q, q - 59] for q in late]).mean(0)
+    torch.testing.assert_close(echo, same, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(induction, after, atol=1e-5, rtol=1e-3)
+
+
+def test_deterministic(smollm, found):
+    model, tokenizer, layers = smollm
+    again = scores.find(model, tokenizer, texts.python_prose()[:120_000], layers)
+    assert torch.equal(again.value, found.value)
+
+
+def test_disjoint_texts_agree(smollm, found):
+    model, tokenizer, layers = smollm
+    other = scores.find(model, tokenizer, texts.python_prose()[120_000:], layers)
+    assert not torch.equal(other.value, found.value), "another text was read"
+    assert scores.rank_correlation(found.value, other.value) >= 0.95
+
+
+def test_the_better_rank_counts_and_induction_breaks_ties():
+    layers = attention.Layers(2, 2, (0, 1))
+    echo = torch.tensor([[0.9, 0.1], [0.2, 0.3]])
+    induction = torch.tensor([[0.0, 0.8], [0.5, 0.1]])
+    # Ranks by echo: 00 11 10 01; by induction: 01 10 11 00.
+    ranked = scores.combine(echo, induction, layers)
+    assert ranked.order() == [(0, 1), (0, 0), (1, 0), (1, 1)]
+    assert ranked.value.tolist() == [[0.75, 1.0], [0.5, 0.25]]
+
+
+def test_layers_without_a_choice_score_nothing():
+    layers = attention.Layers(2, 2, (1,))
+    values = torch.tensor([[0.9, 0.8], [0.2, 0.3]])
+    ranked = scores.combine(values, values, layers)
+    assert ranked.order() == [(1, 1), (1, 0)]
+    assert ranked.value[0].tolist() == [0, 0]
+
+
+def test_rank_correlation():
+    one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert scores.rank_correlation(one, 10 * one) == pytest.approx(1)
+    assert scores.rank_correlation(one, -one) == pytest.approx(-1)
+    other = torch.tensor([[2.0, 1.0], [3.0, 4.0]])
+    assert scores.rank_correlation(one, other) == pytest.approx(0.8)

@@ -1,0 +1,187 @@
+"""Needles in prose, and whether a model finds them.
+
+A haystack holds eight short needles, four favourite fruits and four five-digit codes:
+each is a distractor of the others. All lie beyond the window of the question. Answers
+are teacher-forced: the loss is that of the answer's tokens, a hit is an answer all of
+whose tokens are the most likely ones. The haystack is read once for its eight
+questions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools.heads import texts
+from vllm_sink.tools.heads.attention import Headwise
+
+NUM_NEEDLES = 8
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = _words(
+    "Alice Oliver Clara Henry Martha Simon Laura Peter George Nora Victor Julia Martin "
+    "Helen Arthur Rosa Edward Lucy Walter Sarah David Anna Philip Grace Robert Susan"
+)
+SURNAMES = _words(
+    "Brown Carter Fisher Mason Palmer Turner Walker Weaver Baker Cooper Hunter Porter "
+    "Miller Taylor Gardner Shepherd"
+)
+FRUITS = _words(
+    "apple mango cherry lemon peach plum grape melon banana orange pear fig olive "
+    "apricot coconut pineapple"
+)
+CITIES = _words(
+    "London Paris Berlin Madrid Rome Vienna Prague Moscow Cairo Tokyo Sydney Boston "
+    "Chicago Dublin Athens Lisbon"
+)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A sentence, the question for it, and the answer with its leading space."""
+
+    kind: str
+    sentence: str
+    question: str
+    answer: str
+
+
+def draw_needles(rng: random.Random, count: int = NUM_NEEDLES) -> list[Needle]:
+    """Fruits and codes in turn; no person, fruit or city twice."""
+    people = zip(rng.sample(NAMES, count), rng.sample(SURNAMES, count), strict=True)
+    fruits, cities = rng.sample(FRUITS, count), rng.sample(CITIES, count)
+    needles = []
+    for index, (first, last) in enumerate(people):
+        if index % 2 == 0:
+            question = f"The favourite fruit of {first} {last} is"
+            kind, answer = "fruit", f" {fruits[index]}"
+        else:
+            question = f"The code for {cities[index]} is"
+            kind, answer = "code", f" {rng.randrange(10_000, 100_000)}"
+        needles.append(Needle(kind, f"{question}{answer}.", question, answer))
+    return needles
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens that follow the haystack, and those of them that are the answer."""
+
+    needle: Needle
+    tokens: list[int]
+    num_answer: int
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Prose with needles in it; each question follows it by itself."""
+
+    tokens: list[int]
+    questions: list[Question]
+
+
+def make(tokenizer, text: str, length: int, window: int, seed: str | int) -> Haystack:
+    """A haystack that is ``length`` tokens with its longest question.
+
+    Args:
+        window: No question sees a needle through a window of so many tokens.
+        seed: Of the passage and the needles; equal seeds give equal haystacks.
+
+    Raises:
+        ValueError: No room for the needles, or too short a text.
+    """
+    rng = random.Random(f"needles {seed} {length}")
+    needles = draw_needles(rng)
+    questions = [_question(tokenizer, needle) for needle in needles]
+    encoded = [texts.encode(tokenizer, f"\n\n{n.sentence}\n\n") for n in needles]
+    num_prompt = length - max(len(question.tokens) for question in questions)
+    room = num_prompt - window - sum(map(len, encoded))
+    if room < NUM_NEEDLES:
+        least = length + NUM_NEEDLES - room
+        raise ValueError(
+            f"--needle-tokens must be at least {least} with --window-size {window}, got"
+            f" {length}; needles inside the window prove nothing: give a larger one or "
+            "a smaller --window-size"
+        )
+    words = texts.words(text, length, rng)
+    # Counted alone a word has no fewer tokens than in its sentence.
+    sizes = [len(texts.encode(tokenizer, f" {word}")) for word in words[:num_prompt]]
+    tokens, start, read = texts.opening(tokenizer), 0, 0
+    for index, needle in enumerate(encoded, start=1):
+        stop = start
+        while read + sizes[stop] <= room * index / (NUM_NEEDLES + 1):
+            read += sizes[stop]
+            stop += 1
+        tokens += texts.encode(tokenizer, " ".join(words[start:stop])) + needle
+        start = stop
+    assert len(tokens) <= num_prompt - window + 1, "no needle is in the window"
+    tokens += texts.encode(tokenizer, " ".join(words[start:]))
+    assert len(tokens) >= num_prompt, "the passage is long enough"
+    return Haystack(tokens[:num_prompt], questions)
+
+
+def _question(tokenizer, needle: Needle) -> Question:
+    """The answer is what the question's tokens are followed by."""
+    asked = texts.encode(tokenizer, f"\n\n{needle.question}")
+    whole = texts.encode(tokenizer, f"\n\n{needle.question}{needle.answer}")
+    common = 0
+    while common < len(asked) and asked[common] == whole[common]:
+        common += 1
+    return Question(needle, whole, len(whole) - common)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Loss in nats a token of the answer, and whether every token was the argmax."""
+
+    kind: str
+    loss: float
+    hit: bool
+
+
+@torch.inference_mode()
+def ask(
+    model,
+    haystack: Haystack,
+    policy: RetentionPolicy | None = None,
+    retrieval: torch.Tensor | None = None,
+) -> list[Answer]:
+    """The model's answers, in the order of the needles.
+
+    Args:
+        policy: Of the streaming heads; None is full attention everywhere.
+        retrieval: [L, HKV] bool, the heads that keep everything.
+    """
+    with Headwise(policy=policy, retrieval=retrieval):
+        return list(_answers(model, haystack))
+
+
+def _answers(model, haystack: Haystack) -> Iterator[Answer]:
+    from transformers import DynamicCache
+
+    device = model.device
+    cache = DynamicCache(config=model.config)
+    prompt = torch.tensor([haystack.tokens], device=device)
+    model.base_model(prompt, past_key_values=cache, use_cache=True)
+    questions = haystack.questions
+    longest = max(len(question.tokens) for question in questions)
+    # Padding on the right: no query that counts can see it.
+    rows = [q.tokens + [q.tokens[-1]] * (longest - len(q.tokens)) for q in questions]
+    cache.batch_repeat_interleave(len(rows))
+    batch = torch.tensor(rows, device=device)
+    logits = model(batch, past_key_values=cache, use_cache=True).logits
+    for row, question in zip(logits, questions, strict=True):
+        end = len(question.tokens)
+        start = end - question.num_answer
+        scores = torch.log_softmax(row[start - 1 : end - 1].float(), dim=-1)
+        answer = torch.tensor(question.tokens[start:end], device=device)
+        loss = -scores.gather(1, answer[:, None]).mean()
+        hit = bool((scores.argmax(-1) == answer).all())
+        yield Answer(question.needle.kind, float(loss), hit)
