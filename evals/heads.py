@@ -1,9 +1,10 @@
 """What retrieval heads keep: needles, perplexity, and how stable the scores are.
 
 Measured on the Hugging Face model with a mask for every KV head (sink positions
-``absolute``), so any map can be tried without an engine; ``heads_engine`` is the same
-through vLLM. The heads are found on Python's own prose; the texts are never seen by the
-finder. Each row is written when it is measured: started again, a run goes on.
+``absolute``), so any map can be tried without an engine; ``heads_engine`` generates
+through vLLM instead, with both sink positions. The heads are found on Python's own
+prose; the finder never sees the texts. Each row is written when it is measured: started
+again, a run goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import csv
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +21,10 @@ from typing import Any
 
 import torch
 
+from evals import engine
+from evals.policies import Policy
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import attention, fraction, needles, scores, texts
+from vllm_sink.tools.heads import attention, fraction, needles, pattern, scores, texts
 
 NUM_SINK_TOKENS, WINDOW = 4, 252
 LENGTHS = (512, 1024, 2048)
@@ -88,6 +92,62 @@ class Rows:
             writer.writerows(self.rows)
 
 
+ENGINE_POLICIES = (
+    "dense",
+    *(f"sink:4+252:{positions}" for positions in ("cache", "absolute")),
+    *(
+        f"heads:FILE@{share}:4+252:{positions}"
+        for share in (0.1, 0.25, 0.5)
+        for positions in ("cache", "absolute")
+    ),
+)
+
+
+def measure_engine(args: argparse.Namespace, path: Path) -> None:
+    """Needles found by greedy generation in vLLM, by policy and sink positions."""
+    from vllm import SamplingParams
+
+    model, tokenizer, found = found_heads(args)
+    del model
+    read = [texts.read(file) for file in args.texts]
+    length = (args.lengths or LENGTHS)[0]
+    haystacks = [
+        needles.make(
+            tokenizer, read[i % len(read)].content, length, WINDOW, f"test {i}"
+        )
+        for i in range(args.haystacks or NUM_HAYSTACKS)
+    ]
+    prompts, params, answers = [], [], []
+    for haystack in haystacks:
+        for question in haystack.questions:
+            asked = question.tokens[: -question.num_answer]
+            prompts.append({"prompt_token_ids": haystack.tokens + asked})
+            count = question.num_answer
+            params.append(SamplingParams(temperature=0, max_tokens=count))
+            answers.append(question.tokens[-count:])
+    rows = Rows(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "heads.tsv"
+        pattern.write(file, found.value, {})
+        for name in ENGINE_POLICIES:
+            policy = Policy.parse(name.replace("FILE", str(file)), 4, 252)
+            known = {
+                **_described(args, "; ".join(text.name for text in read)),
+                "policy": name.replace("heads:FILE", "heads"),
+                "length": length,
+                "num_needles": len(answers),
+            }
+
+            def measure(policy=policy) -> dict[str, Any]:
+                with engine.open_engine(args.model, policy, length + 16) as llm:
+                    outputs = llm.generate(prompts, params, use_tqdm=False)
+                told = [list(output.outputs[0].token_ids) for output in outputs]
+                same = (a == b for a, b in zip(told, answers, strict=True))
+                return {"hits": sum(same)}
+
+            rows.add(known, measure)
+
+
 def found_heads(args: argparse.Namespace):
     """(model, tokenizer, scores on Python's prose)."""
     model, tokenizer = attention.load(args.model, dtype="float32")
@@ -123,6 +183,7 @@ def measure_needles(args: argparse.Namespace, path: Path) -> None:
         for length in args.lengths or LENGTHS
     }
     table = [(length, *choice) for length in haystacks for choice in choices(found)]
+    prefixes: dict[Any, Any] = {}
     # Cheap and telling rows first, should it be stopped: a baseline's turn comes after
     # the found heads' at twice its length.
     table.sort(key=lambda row: row[0] * (1 if row[1] == "found" else 2.5))
@@ -141,11 +202,12 @@ def measure_needles(args: argparse.Namespace, path: Path) -> None:
 
         def measure(length=length, heads=heads) -> dict[str, Any]:
             used = None if heads is None else policy
-            answers = [
-                answer
-                for haystack in haystacks[length]
-                for answer in needles.ask(model, haystack, used, heads)
-            ]
+            answers = []
+            for haystack in haystacks[length]:
+                key = (length, tuple(haystack.tokens[:64]))
+                if key not in prefixes:
+                    prefixes[key] = needles.read_prefix(model, haystack, policy)
+                answers += needles.ask(model, haystack, used, heads, prefixes[key])
             loss = sum(answer.loss for answer in answers) / len(answers)
             hits = sum(answer.hit for answer in answers)
             return {"hits": hits, "answer_loss": round(loss, 4)}

@@ -96,6 +96,8 @@ def needles_by_memory(csv_path: Path, png_path: Path) -> None:
                 for r in here
                 if r["heads"] == name
             )
+            if not points:
+                continue
             x, y, shares = zip(*points, strict=True)
             axes.plot(x, y, style, color=color, ms=5, label=f"{name} heads")
             if name == "found":

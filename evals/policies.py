@@ -7,6 +7,8 @@
     sink                   S sinks and a window of W
     sink:16+1008           S and W given
     sink:4+1020:absolute   and sink positions too
+    heads:FILE@F           as sink, but the best share F of FILE's heads keeps all
+    heads:FILE@F:4+252:absolute
 """
 
 from __future__ import annotations
@@ -16,16 +18,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _SINK = re.compile(r"sink:(\d+)\+(\d+)(?::(cache|absolute))?")
+_HEADS = re.compile(
+    r"heads:(?P<file>.+?)@(?P<fraction>[\d.]+)"
+    r"(?::(?P<sinks>\d+)\+(?P<window>\d+))?(?::(?P<positions>cache|absolute))?"
+)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A cache policy; ``num_sink_tokens`` is None for stock attention."""
+    """A cache policy; ``num_sink_tokens`` is None for stock attention.
+
+    Args:
+        retrieval_heads: A pattern file.
+        retrieval_fraction: The share of its heads that keeps everything.
+    """
 
     name: str
     num_sink_tokens: int | None = None
     window_size: int | None = None
     sink_positions: str | None = None
+    retrieval_heads: str | None = None
+    retrieval_fraction: float | None = None
 
     @classmethod
     def parse(cls, text: str, num_sink_tokens: int, window_size: int) -> Policy:
@@ -40,11 +53,23 @@ class Policy:
             return cls(text, 0, num_sink_tokens + window_size, "cache")
         if text == "sink":
             return cls(text, num_sink_tokens, window_size, "cache")
+        match = _HEADS.fullmatch(text)
+        if match is not None:
+            given = match.groupdict()
+            return cls(
+                text,
+                int(given["sinks"] or num_sink_tokens),
+                int(given["window"] or window_size),
+                given["positions"] or "cache",
+                given["file"],
+                float(given["fraction"]),
+            )
         match = _SINK.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"policy must be dense, window, sink or sink:S+W[:cache|absolute], got "
-                f"{text!r}; for example sink:4+1020:absolute"
+                "policy must be dense, window, sink, sink:S+W[:cache|absolute] or "
+                f"heads:FILE@F, got {text!r}; for example sink:4+1020:absolute or "
+                "heads:heads.tsv@0.25"
             )
         sinks, window, positions = match.groups()
         return cls(text, int(sinks), int(window), positions or "cache")
@@ -53,13 +78,17 @@ class Policy:
         """Arguments for ``LLM`` that put the policy in force."""
         if self.num_sink_tokens is None:
             return {}
-        section = asdict(self)
+        section = {
+            key: value for key, value in asdict(self).items() if value is not None
+        }
         del section["name"]
         return {"attention_backend": "sink", "additional_config": {"sink": section}}
 
     @property
     def budget(self) -> int | None:
-        """S + W, the tokens that a query can see; None is all of them."""
+        """S + W, the tokens that every head can see; None is all of them."""
         if self.num_sink_tokens is None or self.window_size is None:
+            return None
+        if self.retrieval_fraction == 1:
             return None
         return self.num_sink_tokens + self.window_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import plots
+from evals.policies import Policy
 from evals.worker import write_json
 
 Part = dict[str, Any]
@@ -17,18 +18,17 @@ SAME = 1e-3
 
 
 def budget(part: Part) -> int | None:
-    """S + W, or None for stock attention."""
-    policy = part["config"]["policy"]
-    if policy["num_sink_tokens"] is None:
-        return None
-    return policy["num_sink_tokens"] + policy["window_size"]
+    """S + W, or None where every head keeps everything."""
+    return Policy(**part["config"]["policy"]).budget
 
 
 def check_policies(parts: list[Part]) -> list[dict[str, Any]]:
     """Whether each policy acted: its perplexity samples against stock attention's.
 
     Within S + W tokens they must be equal, beyond they must not: a policy that
-    is ignored fails. ``ok`` is None where there is nothing to compare with.
+    is ignored fails. Beyond, retrieval heads must also differ from the same S and W
+    without them: a map that is ignored fails. ``ok`` is None where there is nothing to
+    compare with.
     """
     checks = []
     tasks = {part["task"] for part in parts if part["task"].startswith("sink_ppl")}
@@ -48,16 +48,16 @@ def check_policies(parts: list[Part]) -> list[dict[str, Any]]:
                 }
             )
             continue
-        inside, beyond = [0.0], []
-        for mine, other in zip(part["samples"], stock[0]["samples"], strict=True):
-            assert mine["end"] == other["end"], "the same documents"
-            difference = abs(mine["response"][0] - other["response"][0])
-            where = inside if mine["end"] <= limit else beyond
-            where.append(difference / mine["num_tokens"])
-        for what, values, ok in (
+        inside, beyond = _differences(part, stock[0], limit)
+        claims = [
             (f"equal to stock attention within {limit} tokens", inside, _all_same),
             (f"different from it beyond {limit} tokens", beyond, _all_differ),
-        ):
+        ]
+        plain = _without_heads(part, parts)
+        if plain is not None:
+            what = f"different from {plain['config']['policy']['name']} there too"
+            claims.append((what, _differences(part, plain, limit)[1], _all_differ))
+        for what, values, ok in claims:
             checks.append(
                 {
                     "policy": name,
@@ -68,6 +68,32 @@ def check_policies(parts: list[Part]) -> list[dict[str, Any]]:
                 }
             )
     return checks
+
+
+def _differences(part: Part, other: Part, limit: int) -> tuple[list, list]:
+    """Nats a token of each sample, within ``limit`` tokens and beyond."""
+    inside, beyond = [0.0], []
+    for mine, theirs in zip(part["samples"], other["samples"], strict=True):
+        assert mine["end"] == theirs["end"], "the same documents"
+        difference = abs(mine["response"][0] - theirs["response"][0])
+        where = inside if mine["end"] <= limit else beyond
+        where.append(difference / mine["num_tokens"])
+    return inside, beyond
+
+
+def _without_heads(part: Part, parts: list[Part]) -> Part | None:
+    """The same task under the same S and W with no retrieval head, if it was run."""
+    mine = Policy(**part["config"]["policy"])
+    if not mine.retrieval_fraction:
+        return None
+    for other in parts:
+        policy = Policy(**other["config"]["policy"])
+        sizes = (policy.num_sink_tokens, policy.window_size, policy.sink_positions)
+        wanted = (mine.num_sink_tokens, mine.window_size, mine.sink_positions)
+        plain = policy.retrieval_heads is None and sizes == wanted
+        if plain and other["task"] == part["task"]:
+            return other
+    return None
 
 
 def _all_same(values: list[float]) -> bool:

@@ -6,10 +6,10 @@
     python -m evals.reproduce mixing    --model M --text novel.txt --name "Emma"
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
-    python -m evals.reproduce heads_ppl, heads_stability: the same
+    python -m evals.reproduce heads_ppl, heads_stability, heads_engine: the same
 
 Each writes a CSV, with its configuration in every row, and a PNG that is drawn
-from the CSV alone. ``--plot-only`` draws again. The last three go on where they were
+from the CSV alone. ``--plot-only`` draws again. The last four go on where they were
 stopped.
 """
 
@@ -192,6 +192,7 @@ HEADS = {
     "heads": (heads.measure_needles, plots.needles_by_memory),
     "heads_ppl": (heads.measure_perplexity, plots.perplexity_by_fraction),
     "heads_stability": (heads.measure_stability, None),
+    "heads_engine": (heads.measure_engine, None),
 }
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}

@@ -3,7 +3,8 @@
     python -m evals.run --model M --policies dense,window,sink --tasks sink_smoke \\
         --out DIR
 
-Policies: dense, window (S+W, no sinks), sink, sink:S+W[:cache|absolute]. DIR gets
+Policies: dense, window (S+W, no sinks), sink, sink:S+W[:cache|absolute], and
+heads:FILE@F (the best share F of the heads in FILE keeps everything). DIR gets
 results.json, results.csv, results.md and pictures; started again, the run goes on
 where it stopped. The exit status is 1 when a policy did not act as it should.
 """
@@ -101,7 +102,7 @@ def run_policy(config, tasks: list[str], out: Path, on_part) -> None:
         return
     for task in todo:  # of another configuration
         worker.part_path(out, name, task).unlink(missing_ok=True)
-    log = out / f"{name.replace(':', '_')}.log"
+    log = out / f"{worker.file_name(name)}.log"
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(

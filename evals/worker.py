@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,14 @@ TASKS = Path(__file__).parent / "tasks"
 LONGEST_FIELD = 200  # characters: prompts stay out of the results
 
 
+def file_name(policy: str) -> str:
+    """The policy's name without what a file's name can't hold."""
+    return re.sub(r"[^\w.+@-]", "_", policy)
+
+
 def part_path(out: Path, policy: str, task: str) -> Path:
     """Where the results of one task under one policy are."""
-    return out / "parts" / f"{policy.replace(':', '_')}--{task}.json"
+    return out / "parts" / f"{file_name(policy)}--{task}.json"
 
 
 def read_part(out: Path, config: dict[str, Any], task: str) -> dict[str, Any] | None:

@@ -140,27 +140,51 @@ def test_retrieval_is_scored_by_length_and_depth(model_path, task):
 
 
 def test_chat_is_scored_by_rule_and_length(model_path):
-    """Upper case everywhere: that rule is obeyed, the code word never said."""
-    scores = evaluate("sink_chat_smoke", model_path, lambda doc: "PARIS, 2 TIMES.")
+    """The name is told and the city is not; both in a sentence."""
+    scores = evaluate(
+        "sink_chat_smoke",
+        model_path,
+        lambda doc: f"My name is {doc['answer'] if doc['rule'] == 'name' else 'X'}.",
+    )
     assert scores == pytest.approx(
         {
             "acc": 1 / 2,
-            "acc_upper_case": 1,
-            "acc_code_word": 0,
+            "acc_name": 1,
+            "acc_city": 0,
             "acc_len_250": 1 / 2,
             "acc_len_400": 1 / 2,
         }
     )
-    # Now the code word in lower case.
-    scores = evaluate(
-        "sink_chat_smoke", model_path, lambda doc: f"{doc['answer']}, I say"
-    )
-    assert (scores["acc_upper_case"], scores["acc_code_word"]) == (0, 1)
 
 
-def test_digits_alone_are_not_upper_case(model_path):
-    scores = evaluate("sink_chat_smoke", model_path, lambda doc: "42.")
-    assert scores["acc"] == 0
+@pytest.mark.parametrize(
+    "rule, wanted, answer, obeyed",
+    [
+        ("name", "Nora", "My name is Nora.", True),
+        ("city", "Prague", "I live in Lisbon.", False),
+        ("upper_case", "", "PARIS, 2 TIMES.", True),
+        ("upper_case", "", "42.", False),  # digits alone are not upper case
+        ("code_word", "marble", "Marble, I say", True),
+        ("code_word", "marble", "I say marble", False),
+    ],
+)
+def test_rules(rule, wanted, answer, obeyed):
+    assert load_utils("sink_chat").obeys(rule, wanted, answer) == obeyed
+
+
+def test_chat_tells_the_facts_at_its_start_alone(model_path):
+    """What is asked for stands in the part that the sinks would have to cover."""
+    for doc in docs_of("sink_chat_smoke", model_path):
+        encoded = AutoTokenizer.from_pretrained(model_path)(doc["prompt"]).input_ids
+        assert doc["answer"] in doc["prompt"]
+        rest = encoded[doc["num_rule_tokens"] :]
+        later = AutoTokenizer.from_pretrained(model_path).decode(rest)
+        assert doc["answer"] not in later
+    rules = ["upper_case", "code_word"]
+    docs = docs_of("sink_chat_smoke", model_path, rules=rules)
+    assert [doc["rule"] for doc in docs] == rules * 2
+    with pytest.raises(ValueError, match="rules must be among name, city"):
+        docs_of("sink_chat_smoke", model_path, rules=["rhyme"])
 
 
 @pytest.mark.parametrize("task", SMOKE)

@@ -116,6 +116,27 @@ def test_checks(responses, ok):
     assert [check["ok"] for check in report.check_policies(parts)] == ok
 
 
+@pytest.mark.parametrize("response, ok", [(-310.0, True), (-320.0, False)])
+def test_a_map_that_is_ignored_fails(response, ok):
+    """Beyond S + W it must differ from the plain policy as well."""
+    parts = [
+        part("dense", [-300.0, -300.0]),
+        part("sink", [-300.0, -320.0]),
+        part("heads:x/heads.tsv@0.25", [-300.0, response]),
+    ]
+    checks = report.check_policies(parts)
+    assert [check["ok"] for check in checks] == [True, True, True, True, ok]
+    assert "different from sink there too" in checks[-1]["what"]
+
+
+def test_all_heads_are_stock_attention():
+    parts = [
+        part("dense", [-300.0, -300.0]),
+        part("heads:heads.tsv@1", [-300.0, -300.0]),
+    ]
+    assert report.check_policies(parts) == []
+
+
 def test_no_stock_attention_no_check():
     checks = report.check_policies([part("sink", [-300.0, -310.0])])
     assert [check["ok"] for check in checks] == [None]
@@ -130,6 +151,19 @@ def test_policies():
         "window_size": 112,
         "sink_positions": "absolute",
     }
+    heads = Policy.parse("heads:found/heads.tsv@0.25", 4, 60)
+    assert heads.engine_args()["additional_config"]["sink"] == {
+        "num_sink_tokens": 4,
+        "window_size": 60,
+        "sink_positions": "cache",
+        "retrieval_heads": "found/heads.tsv",
+        "retrieval_fraction": 0.25,
+    }
+    sized = Policy.parse("heads:a@b.tsv@0.5:2+30:absolute", 4, 60)
+    assert (sized.num_sink_tokens, sized.window_size) == (2, 30)
+    assert (sized.sink_positions, sized.retrieval_heads) == ("absolute", "a@b.tsv")
+    path = worker.part_path(Path("out"), heads.name, "sink_niah")
+    assert path.parent == Path("out/parts")
     with pytest.raises(ValueError, match="policy must be dense"):
         Policy.parse("full", 4, 60)
 

@@ -6,9 +6,11 @@ import pydoc_data.topics
 
 import pytest
 import torch
+import transformers
 
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import analyze, cli
+from vllm_sink.tools import analyze, cli, weak_sinks
 
 TEXT = pydoc_data.topics.topics["exceptions"] + pydoc_data.topics.topics["objects"]
 
@@ -86,3 +88,38 @@ def test_refused(model_path, tmp_path, capsys):
     assert "--text must hold at least 1024 tokens" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--tokens must be at least 201"):
         analyze.analyze(model_path, TEXT, 150, 200)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("LlamaConfig", []),
+        ("Gemma2Config", []),
+        ("GptOssConfig", ["learned sink logits in all layers"]),
+        ("MiMoV2FlashConfig", ["learned sink logits in the windowed layers"]),
+        ("Qwen3NextConfig", ["a gated attention output (model_type qwen3_next)"]),
+        ("Qwen3_5Config", ["a gated attention output (model_type qwen3_5)"]),
+    ],
+)
+def test_models_that_may_need_no_sinks_are_named(config, words):
+    found = weak_sinks.by_design(getattr(transformers, config)())
+    assert len(found) == len(words)
+    for sentence, word in zip(found, words, strict=True):
+        assert word in sentence
+    lines = weak_sinks.verdict(found, {0: 21.0, 1: 20.0, 2: 20.0, 4: 19.5})
+    assert bool(lines) == bool(found)
+    if found:
+        assert "S = 0: 21.00, S = 1: 20.00, S = 4: 19.50" in lines[0]
+
+
+def test_a_setting_of_a_model_that_is_not_listed_is_named():
+    config = transformers.LlamaConfig(attn_output_gate=True, attention_sink=False)
+    assert weak_sinks.by_design(config) == ["a gated output (attn_output_gate=True)"]
+
+
+def test_the_advice_ends_with_a_command_that_is_taken():
+    *_, command, section = weak_sinks.serve_command("M", 2)
+    assert command.strip() == "vllm serve M --attention-backend sink \\"
+    given = json.loads(section.split("'")[1])
+    config = SinkConfig.from_additional_config(given)
+    assert (config.num_sink_tokens, config.window_size) == (2, SinkConfig().window_size)

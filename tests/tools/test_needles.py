@@ -71,7 +71,14 @@ def test_answers_equal_a_forward_pass_of_each_question(smollm, haystack, policy)
     retrieval = torch.zeros(30, 3, dtype=torch.bool)
     retrieval[::2, 1] = True
     answers = needles.ask(model, haystack, policy, retrieval)
-    for question, answer in list(zip(haystack.questions, answers, strict=True))[::3]:
+    if policy is not None:
+        prefix = needles.read_prefix(model, haystack, policy)
+        for _ in range(2):  # the prefix can be used again
+            again = needles.ask(model, haystack, policy, retrieval, prefix)
+            assert [a.hit for a in again] == [a.hit for a in answers]
+            losses = [a.loss for a in again]
+            assert losses == pytest.approx([a.loss for a in answers], abs=2e-3)
+    for question, answer in list(zip(haystack.questions, answers, strict=True))[::5]:
         tokens = torch.tensor([haystack.tokens + question.tokens])
         with (
             torch.inference_mode(),

@@ -5,7 +5,8 @@
 From a Hugging Face forward pass with eager attention, in fp32: how much attention
 each layer and head gives to the first tokens, the sink rates of two papers, and the
 perplexity of the text under a few S at one budget (positions ``absolute``, by a
-mask). Prints a summary; ``--out`` gets analysis.json and a heat map.
+mask). Names what in the configuration may make sinks unnecessary. Prints a summary that
+ends with the command to serve the model; ``--out`` gets analysis.json and a heat map.
 
 The sink metric of a head is the mean attention of all queries to the first token;
 the sink rate is the share of (layer, head) pairs above epsilon: 0.3 in Gu et al.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools import weak_sinks
 from vllm_sink.tools.cli import print_json
 
 GU_EPSILON, BARBERO_EPSILON = 0.3, 0.8
@@ -213,6 +215,7 @@ def analyze(name: str, text: str, num_tokens: int, budget: int) -> dict[str, Any
         "model": name,
         "num_tokens": len(tokens),
         "budget": budget,
+        "by_design": weak_sinks.by_design(model.config),
         "sinks": {key: asdict(value) for key, value in sinks.items()},
         "perplexity": perplexities,
         "perplexity_full_attention": full,
@@ -256,6 +259,8 @@ def summary(result: dict[str, Any]) -> str:
             f"{values[0] / values[chosen]:.1f} times as high. More only helps to keep "
             "a system prompt in sight."
         )
+    lines += weak_sinks.verdict(result["by_design"], values)
+    lines += ["", *weak_sinks.serve_command(result["model"], chosen)]
     return "\n".join(lines)
 
 

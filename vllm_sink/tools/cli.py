@@ -24,6 +24,7 @@ import vllm_sink
 TOOLS: dict[str, tuple[str, str]] = {
     "size": ("sizing", "the KV cache of a request and how many fit, dense and sink"),
     "analyze": ("analyze", "where a model's attention goes, and the S it needs"),
+    "heads": ("find_heads", "a model's retrieval heads, and how many it needs"),
 }
 
 

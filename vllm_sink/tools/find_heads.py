@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_sink.policy.head_map import FACTS
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools.cli import print_json
 from vllm_sink.tools.heads import (
     attention,
     duo,
@@ -29,15 +31,12 @@ from vllm_sink.tools.heads import (
 from vllm_sink.tools.heads import scores as recipe
 
 NUM_HAYSTACKS = 5
-FACTS = ("model_type", "hidden_size", "num_attention_heads")
-EXAMPLE = "example: vllm-sink heads --model Qwen/Qwen3-8B --out heads.tsv"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
+    """The arguments of ``vllm-sink heads``."""
     parser.description = __doc__
-    parser.epilog = EXAMPLE
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "example: vllm-sink heads --model Qwen/Qwen3-8B --out heads.tsv"
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub name")
     add("--revision", help="of the model on the Hub")
@@ -69,7 +68,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="auto", help="the checkpoint's own; float32, bfloat16 ...")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (cpu)")
-    add("--json", action="store_true", help="print JSON instead of words")
 
 
 def _fraction(text: str) -> float | str:
@@ -105,10 +103,17 @@ def run(args: argparse.Namespace) -> int:
             sample = texts.encode(tokenizer, text.content[:200])
             layers = attention.inspect(model, sample)
             advance()
+        # First, as sizes that don't fit are refused here.
+        haystacks = [
+            needles.make(
+                tokenizer, text.held_out, args.needle_tokens, args.window_size, index
+            )
+            for index in range(args.haystacks if args.fraction == "auto" else 0)
+        ]
         scores = _score(args, model, tokenizer, text, layers, policy, progress)
-        found: fraction.Curve | None = None
-        if args.fraction == "auto":
-            found = _measure(args, model, tokenizer, text, scores, policy, progress)
+        found = None
+        if haystacks:
+            found = _measure(model, haystacks, scores, policy, progress)
     share = found.chosen if found else args.fraction
     kept = fraction.best_heads(scores, share)
     config = _config(args, model, text, scores, kept, found)
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             "scores": scores.value.tolist(),
             "measured": {k: v.tolist() for k, v in scores.measured.items()},
         }
-        print(json.dumps(report))
+        print_json(report)
     else:
         print(summary(args, scores, kept, found, [args.out, beside, *drawn]))
     if missing:
@@ -148,16 +153,10 @@ def _score(args, model, tokenizer, text, layers, policy, progress) -> recipe.Sco
         return recipe.find(model, tokenizer, text.calibration, layers, advance)
 
 
-def _measure(args, model, tokenizer, text, scores, policy, progress) -> fraction.Curve:
-    haystacks = [
-        needles.make(
-            tokenizer, text.held_out, args.needle_tokens, policy.window_size, index
-        )
-        for index in range(args.haystacks)
-    ]
-    total = len(haystacks) * (len(fraction.FRACTIONS) + 1)
-    with progress.step("hiding needles", total) as advance:
-        return fraction.measure(model, haystacks, scores, policy, on_progress=advance)
+def _measure(model, haystacks, scores, policy, progress) -> fraction.Curve:
+    tried = fraction.FRACTIONS
+    with progress.step("hiding needles", len(haystacks) * (len(tried) + 1)) as advance:
+        return fraction.measure(model, haystacks, scores, policy, tried, advance)
 
 
 def _config(args, model, text, scores, kept, found) -> dict[str, Any]:
@@ -281,19 +280,3 @@ class _Progress:
             return
         bar = self._bars.add_task(what, total=total)
         yield lambda: self._bars.advance(bar)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command by itself."""
-    parser = argparse.ArgumentParser(prog="vllm-sink heads")
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -32,12 +32,24 @@ QUESTIONS = (
     "What is the opposite of hot?",
 )
 PASSAGE = "How many words are in this passage?"
-RULES = ("upper_case", "code_word")
+# What the system prompt tells, and how the examples have it asked and answered.
+CITIES = ("Prague", "Lisbon", "Vienna", "Dublin", "Athens", "Boston")
+FACTS = {
+    "name": ("What is your name?", "My name is {name}."),
+    "city": ("Where do you live?", "I live in {city}."),
+}
+RULES = (*FACTS, "upper_case", "code_word")
 TURN_WORDS = 60
 
 
-def _instructions(rule: str, code_word: str) -> tuple[str, list[tuple[str, str]]]:
+def _instructions(
+    rule: str, code_word: str, name: str, city: str
+) -> tuple[str, list[tuple[str, str]]]:
     """The system prompt and examples that obey it."""
+    if rule in FACTS:
+        system = f"You are {name}. You live in {city}."
+        facts = {"name": name, "city": city}
+        return system, [(ask, told.format(**facts)) for ask, told in FACTS.values()]
     if rule == "upper_case":
         system = "You write every answer in upper case letters only."
         return system, [(ask, answer.upper()) for ask, answer in EXAMPLES]
@@ -48,6 +60,7 @@ def _instructions(rule: str, code_word: str) -> tuple[str, list[tuple[str, str]]
 def documents(
     lengths: list[int],
     num_samples: int = 1,
+    rules: tuple[str, ...] | list[str] = tuple(FACTS),
     data_seed: int = 0,
     max_gen_toks: int = 24,
     **settings: Any,
@@ -59,6 +72,11 @@ def documents(
     ``length`` tokens, ``num_tokens``, ``num_rule_tokens``: the tokens up to the end
     of the examples; ``num_sink_tokens`` must be that many to keep the rule.
     """
+    unknown = sorted(set(rules) - set(RULES))
+    if unknown:
+        raise ValueError(
+            f"rules must be among {', '.join(RULES)}, got {unknown}; correct --metadata"
+        )
     sink_data.check_lengths(lengths, max_gen_toks, **settings)
     tokenizer = sink_data.get_tokenizer(**settings)
     text = sink_data.prose(**settings)
@@ -66,10 +84,12 @@ def documents(
     for length in lengths:
         for index in range(num_samples):
             rng = random.Random(f"chat {data_seed} {length} {index}")
-            rule = RULES[index % len(RULES)]
+            rule = rules[index % len(rules)]
             code_word = rng.choice(CODE_WORDS)
-            question = rng.choice(QUESTIONS)
-            system, examples = _instructions(rule, code_word)
+            name, city = rng.choice(sink_data.NAMES), rng.choice(CITIES)
+            question = FACTS[rule][0] if rule in FACTS else rng.choice(QUESTIONS)
+            wanted = {"name": name, "city": city, "code_word": code_word}
+            system, examples = _instructions(rule, code_word, name, city)
             ends = sink_data.word_ends(text)
             room = max(1, sum(end < len(text) - 12 * length for end in ends))
             part = text[ends[rng.randrange(room)] :].lstrip()
@@ -86,7 +106,7 @@ def documents(
             docs.append(
                 {
                     "prompt": prompt,
-                    "answer": code_word if rule == "code_word" else "",
+                    "answer": wanted.get(rule, ""),
                     "rule": rule,
                     "length": length,
                     "num_tokens": sink_data.count_tokens(tokenizer, prompt),
@@ -113,11 +133,13 @@ def _conversation(tokenizer, opening: list[dict], question: str, part: str) -> s
     return "\n".join([*lines, "Assistant:"])
 
 
-def obeys(rule: str, code_word: str, answer: str) -> bool:
-    """Whether the answer is upper case throughout, or starts with the code word."""
+def obeys(rule: str, wanted: str, answer: str) -> bool:
+    """Whether the answer is upper case, starts with the code word, or has the fact."""
     if rule == "upper_case":
         return answer.isupper()
-    return sink_data.first_word(answer) == code_word
+    if rule == "code_word":
+        return sink_data.first_word(answer) == wanted
+    return wanted in answer
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """StreamEval (StreamingLLM, arXiv 2309.17453, section 4.4) in natural words.
 
-A stream of facts; every few lines a fact of some lines ago is recalled, with its
-answer in the stream. Each doc is the stream up to one such question.
+A stream of prose with facts in it; every few facts one of some lines ago is recalled,
+with its answer in the stream. Each doc is the stream up to one such question. No fact
+is recalled twice: what is asked for stands in the stream once.
 """
 
 import random
@@ -19,6 +20,7 @@ def documents(
     num_samples: int = 1,
     num_queries: int = 8,
     query_every: int = 4,
+    prose_tokens: int = 48,
     data_seed: int = 0,
     max_gen_toks: int = 8,
     **settings: Any,
@@ -31,6 +33,8 @@ def documents(
         num_samples: Streams.
         num_queries: Questions for each distance in each stream, all near its end.
         query_every: Facts from one question to the next.
+        prose_tokens: Tokens of prose before each fact, at most; 0: facts alone, which
+            small models can't keep apart.
 
     Each doc: ``prompt``, ``answer``, ``distance`` as asked, ``num_back`` the true
     one, ``num_tokens`` of the prompt.
@@ -43,20 +47,43 @@ def documents(
         )
     sink_data.check_lengths([length], max_gen_toks, **settings)
     tokenizer = sink_data.get_tokenizer(**settings)
+    text = sink_data.prose(**settings) if prose_tokens else ""
     docs = []
     for index in range(num_samples):
         rng = random.Random(f"stream {data_seed} {index}")
-        docs += _stream(tokenizer, rng, length, distances, num_queries, query_every)
+        prose = _prose_lines(tokenizer, rng, length, prose_tokens, text)
+        docs += _stream(
+            tokenizer, rng, length, distances, num_queries, query_every, prose
+        )
     return sink_data.as_dataset(docs)
 
 
-def _stream(tokenizer, rng, length, distances, num_queries, query_every) -> list[dict]:
+def _prose_lines(tokenizer, rng, length, prose_tokens, text) -> list[str]:
+    """Lines of at most ``prose_tokens`` tokens, as many as a stream may need."""
+    if prose_tokens == 0:
+        return [""] * length
+    room = max(1, len(text) - 12 * length)
+    words = text[rng.randrange(room) :][: 12 * length].split()[1:]
+    lines, line, size = [], [], 1
+    for word in words:
+        more = sink_data.count_tokens(tokenizer, f" {word}")
+        if size + more > prose_tokens and line:
+            lines.append(" ".join(line) + "\n")
+            line, size = [], 1
+        line.append(word)
+        size += more
+    return lines
+
+
+def _stream(
+    tokenizer, rng, length, distances, num_queries, query_every, prose
+) -> list[dict]:
     # Facts are at least 4 tokens a line: more than enough, cut below.
     pairs = sink_data.facts(rng, min(length // 4 + 8, 1800))
     asked = [distance for distance in distances for _ in range(num_queries)]
     rng.shuffle(asked)
     # Two passes: the first finds how many lines fit, the second asks near the end.
-    lines = _lines(tokenizer, pairs, query_every, [], length)[0]
+    lines = _lines(tokenizer, pairs, query_every, [], length, prose)[0]
     num_slots = sum(line.startswith("Recall") for line in lines)
     if num_slots < len(asked) + max(distances) * num_slots // length:
         raise ValueError(
@@ -64,12 +91,11 @@ def _stream(tokenizer, rng, length, distances, num_queries, query_every) -> list
             f"the first question, got {num_queries} for each of {len(distances)} "
             f"distances in {length} tokens; lower it or raise lengths"
         )
-    return _lines(tokenizer, pairs, query_every, asked, length, num_slots - len(asked))[
-        1
-    ]
+    first_slot = num_slots - len(asked)
+    return _lines(tokenizer, pairs, query_every, asked, length, prose, first_slot)[1]
 
 
-def _lines(tokenizer, pairs, query_every, asked, length, first_slot=0):
+def _lines(tokenizer, pairs, query_every, asked, length, prose, first_slot=0):
     """The stream's lines, and a doc for each of ``asked`` from ``first_slot`` on."""
     lines, ends, docs = [], [0], []  # ends[i]: tokens before line i
     known: list[tuple[int, str, str]] = []  # line, thing, owner
@@ -79,7 +105,9 @@ def _lines(tokenizer, pairs, query_every, asked, length, first_slot=0):
         ends.append(ends[-1] + sink_data.count_tokens(tokenizer, line))
 
     slot = 0
-    for number, (thing, owner) in enumerate(pairs, start=1):
+    for number, (thing, owner) in enumerate(pairs[: len(prose)], start=1):
+        if prose[number - 1]:
+            add(prose[number - 1])
         known.append((len(lines), thing, owner))
         add(f"The {thing} belongs to {owner}.\n")
         if number % query_every:
@@ -87,9 +115,9 @@ def _lines(tokenizer, pairs, query_every, asked, length, first_slot=0):
         which = slot - first_slot
         want = asked[which] if 0 <= which < len(asked) else 64
         here = ends[-1] + 8  # the question itself is about 8 tokens
-        line, thing, owner = min(
-            known, key=lambda fact: abs(here - ends[fact[0]] - want)
-        )
+        fact = min(known, key=lambda fact: abs(here - ends[fact[0]] - want))
+        known.remove(fact)
+        line, thing, owner = fact
         question = f"Recall: the {thing} belongs to"
         if asked and 0 <= which < len(asked):
             prompt = "".join(lines) + question

@@ -63,8 +63,10 @@ def find(
         with torch.no_grad():
             gates.clamp_(0, 1)
         on_progress()
-    value = torch.where(layers.free, gates.detach().cpu(), torch.zeros(()))
-    return Scores(value, {"gate": value}, layers)
+    gate = torch.where(layers.free, gates.detach().cpu(), torch.zeros(()))
+    # A closed gate still comes before a layer that has no choice.
+    score = torch.where(layers.free, gate.clamp(min=1e-6), gate)
+    return Scores(score, {"gate": gate}, layers)
 
 
 def _conversation(haystack: needles.Haystack) -> tuple[list[int], int]:

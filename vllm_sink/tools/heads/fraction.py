@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vllm_sink.policy.head_map import select
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import needles
 from vllm_sink.tools.heads.scores import Scores
@@ -31,11 +32,10 @@ def num_retrieval(fraction: float, num_heads: int) -> int:
 
 def best_heads(scores: Scores, fraction: float) -> torch.Tensor:
     """[L, HKV] bool: the best heads, as many as the fraction says."""
-    kept = torch.zeros_like(scores.value, dtype=torch.bool)
+    # A fraction of the heads that have a choice; the file has the others too.
     count = num_retrieval(fraction, scores.layers.num_heads)
-    for layer, head in scores.order()[:count]:
-        kept[layer, head] = True
-    return kept
+    share = count / scores.value.numel()
+    return torch.tensor(select(scores.value.tolist(), share).is_retrieval)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure(
     haystacks: list[needles.Haystack],
     scores: Scores,
     policy: RetentionPolicy,
-    fractions: Iterable[float] = FRACTIONS,
+    fractions: Iterable[float],
     on_progress: Callable[[], None] = lambda: None,
 ) -> Curve:
     """Try the fractions in ascending order.
@@ -101,12 +101,13 @@ def measure(
         ValueError: Full attention itself misses most needles.
     """
 
+    prefixes = [needles.read_prefix(model, haystack, policy) for haystack in haystacks]
+
     def point(fraction: float, heads: torch.Tensor | None) -> Point:
         answers = []
-        for haystack in haystacks:
-            answers += needles.ask(
-                model, haystack, None if heads is None else policy, heads
-            )
+        used = None if heads is None else policy
+        for haystack, prefix in zip(haystacks, prefixes, strict=True):
+            answers += needles.ask(model, haystack, used, heads, prefix)
             on_progress()
         count = scores.layers.num_heads if heads is None else int(heads.sum())
         return Point.of(fraction, count, answers)

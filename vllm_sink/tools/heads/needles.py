@@ -9,6 +9,7 @@ questions.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,28 +148,45 @@ class Answer:
 
 
 @torch.inference_mode()
+def read_prefix(model, haystack: Haystack, policy: RetentionPolicy):
+    """Transformers' cache of the first S + W tokens: the same for every head map.
+
+    Within the budget every head sees everything, so a curve reads these tokens once.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    tokens = torch.tensor([haystack.tokens[: policy.budget]], device=model.device)
+    model.base_model(tokens, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.inference_mode()
 def ask(
     model,
     haystack: Haystack,
     policy: RetentionPolicy | None = None,
     retrieval: torch.Tensor | None = None,
+    prefix=None,
 ) -> list[Answer]:
     """The model's answers, in the order of the needles.
 
     Args:
         policy: Of the streaming heads; None is full attention everywhere.
         retrieval: [L, HKV] bool, the heads that keep everything.
+        prefix: :func:`read_prefix` of this haystack; left as it is.
     """
-    with Headwise(policy=policy, retrieval=retrieval):
-        return list(_answers(model, haystack))
-
-
-def _answers(model, haystack: Haystack) -> Iterator[Answer]:
     from transformers import DynamicCache
 
+    cache = copy.deepcopy(prefix) or DynamicCache(config=model.config)
+    with Headwise(policy=policy, retrieval=retrieval):
+        return list(_answers(model, haystack, cache))
+
+
+def _answers(model, haystack: Haystack, cache) -> Iterator[Answer]:
     device = model.device
-    cache = DynamicCache(config=model.config)
-    prompt = torch.tensor([haystack.tokens], device=device)
+    rest = haystack.tokens[cache.get_seq_length() :]
+    prompt = torch.tensor([rest], device=device)
     model.base_model(prompt, past_key_values=cache, use_cache=True)
     questions = haystack.questions
     longest = max(len(question.tokens) for question in questions)

@@ -1,0 +1,153 @@
+"""``vllm-sink heads``: the files it writes, what it says, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sink.policy import head_map
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.tools import cli
+from vllm_sink.tools.heads import attention, duo, fraction, pattern, scores, texts
+
+SHAPE = head_map.ModelShape(
+    num_layers=30,
+    num_kv_heads=3,
+    num_heads=9,
+    facts=(("model_type", "llama"), ("hidden_size", 576), ("num_attention_heads", 9)),
+    name="SmolLM2",
+)
+
+
+def read_back(path) -> torch.Tensor:
+    """[L, HKV] bool as the plugin takes it, with no fraction given."""
+    config = SinkConfig(retrieval_heads=str(path)).resolved(SHAPE)
+    return torch.tensor(config.retrieval_heads).bool()
+
+
+def run(capsys, *arguments: str) -> str:
+    status = cli.main(["heads", *arguments])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+@pytest.fixture
+def few_fractions(monkeypatch):
+    monkeypatch.setattr(fraction, "FRACTIONS", (0.0, 0.25, 0.5))
+
+
+def test_auto(model_path, tmp_path, capsys, few_fractions):
+    """Files, pictures and words agree; what is written is read back."""
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
+    out = tmp_path / "found" / "heads.tsv"
+    sizes = ["--needle-tokens", "384", "--window-size", "124", "--haystacks", "2"]
+    printed = run(capsys, "--model", model_path, "--out", str(out), *sizes)
+    config = json.loads((out.parent / "config.json").read_text())
+    curve = config["curve"]
+    points = {point["fraction"]: point for point in curve["points"]}
+    assert set(points) == {0.0, 0.25, 0.5, 1.0}
+    assert points[1.0]["num_needles"] == 16
+    assert points[0.0]["hits"] <= 0.1 < points[1.0]["hits"]
+    assert points[0.0]["loss"] > points[1.0]["loss"] + 1
+    assert curve["chosen"] in (0.25, 0.5)
+    assert points[curve["chosen"]]["loss"] <= points[1.0]["loss"] + fraction.MARGIN
+
+    kept = read_back(out)
+    count = int(kept.sum())
+    assert count == {0.25: 23, 0.5: 45}[curve["chosen"]]
+    assert f"{count} of them" in printed and "<- chosen" in printed
+    assert f'"retrieval_heads": "{out}"' in printed
+    assert (config["sink_size"], config["recent_size"]) == (4, 124)
+    assert config["method"] == "recipe" and config["text"] == "pydoc_data.topics"
+    for picture in ("heads.png", "heads_curve.png"):
+        assert (out.parent / picture).stat().st_size > 5000
+
+
+def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
+    """A file of the user's own, no needles; JSON and nothing else."""
+    text = tmp_path / "mine.txt"
+    text.write_text(texts.python_prose()[:60_000])
+    out = tmp_path / "mine.tsv"
+    arguments = ["--text", str(text), "--out", str(out), "--fraction", "0.1", "--json"]
+    result = json.loads(run(capsys, "--model", model_path, *arguments))
+    assert len(result["heads"]) == 9 and result["curve"] is None
+    assert read_back(out).nonzero().tolist() == result["heads"]
+    assert result["text"] == "mine.txt" and len(result["text_sha256"]) == 16
+    # The best nine: those of the scores.
+    best = np.argsort(-np.array(result["scores"]).flatten())[:9]
+    assert sorted(best.tolist()) == [3 * i + head for i, head in result["heads"]]
+
+
+def test_files_are_as_numpy_writes_them(tmp_path):
+    torch.manual_seed(0)
+    values = torch.rand(30, 3)
+    beside = pattern.write(tmp_path / "heads.tsv", values, {"retrieval_fraction": 0.3})
+    mine = (tmp_path / "heads.tsv").read_text()
+    np.savetxt(tmp_path / "numpy.tsv", values.double().numpy(), delimiter="\t")
+    assert mine == (tmp_path / "numpy.tsv").read_text()
+    assert beside == tmp_path / "config.json"
+    assert read_back(tmp_path / "heads.tsv").sum() == 27
+
+
+def test_every_format_gives_the_same_map(tmp_path):
+    """TSV, KVzip's tensor, JSON, and Wu et al.'s query heads."""
+    torch.manual_seed(0)
+    values = torch.rand(30, 3)
+    folders = [tmp_path / name for name in ("tsv", "pt", "json", "query")]
+    for folder in folders:
+        folder.mkdir()
+    pattern.write(folders[0] / "x.tsv", values, {})
+    torch.save(values, folders[1] / "x.pt")
+    (folders[2] / "x.json").write_text(json.dumps(values.tolist()))
+    query = {
+        f"{layer}-{head}": [float(values[layer, head // 3]) * (head % 3 == 1)] * 2
+        for layer in range(30)
+        for head in range(9)
+    }
+    (folders[3] / "x.json").write_text(json.dumps(query))
+    maps = [
+        head_map.select(head_map.read_scores(str(next(f.glob("x.*"))), SHAPE), 0.25)
+        for f in folders
+    ]
+    assert maps[0].num_retrieval_heads == 23
+    assert all(other == maps[0] for other in maps)
+
+
+def test_gates_separate_what_the_prompts_need(model_path):
+    """DuoAttention's optimisation: few steps already order the heads.
+
+    Its gates agree with the recipe far better than chance: of a random half of the
+    heads, half would be among the recipe's best.
+    """
+    model, tokenizer = attention.load(model_path)
+    layers = attention.inspect(model, list(range(10, 18)))
+    text = texts.python_prose()
+    policy = fraction.RetentionPolicy(4, 60)
+    gates = duo.find(model, tokenizer, text, layers, policy, 256, steps=4)
+    assert gates.value.min() > 0 and gates.value.max() <= 1
+    assert len(gates.value.unique()) > 60
+    recipe = scores.find(model, tokenizer, text, layers)
+    best = fraction.best_heads(recipe, 0.1)
+    assert (best & fraction.best_heads(gates, 0.5)).sum() >= 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", "nowhere.txt"], "--text must be a readable text file"),
+        (["--needle-tokens", "300"], "--needle-tokens must be at least"),
+    ],
+)
+def test_refused(model_path, tmp_path, capsys, arguments, message):
+    out = tmp_path / "heads.tsv"
+    assert cli.main(["heads", "--model", model_path, "--out", str(out), *arguments])
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_fraction_is_a_number_or_auto(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["heads", "--model", "m", "--fraction", "2"])
+    assert "must be auto or a number from 0 to 1" in capsys.readouterr().err
