@@ -174,12 +174,11 @@ def test_rules(rule, wanted, answer, obeyed):
 
 def test_chat_tells_the_facts_at_its_start_alone(model_path):
     """What is asked for stands in the part that the sinks would have to cover."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
     for doc in docs_of("sink_chat_smoke", model_path):
-        encoded = AutoTokenizer.from_pretrained(model_path)(doc["prompt"]).input_ids
         assert doc["answer"] in doc["prompt"]
-        rest = encoded[doc["num_rule_tokens"] :]
-        later = AutoTokenizer.from_pretrained(model_path).decode(rest)
-        assert doc["answer"] not in later
+        rest = tokenizer(doc["prompt"]).input_ids[doc["num_rule_tokens"] :]
+        assert doc["answer"] not in tokenizer.decode(rest)
     rules = ["upper_case", "code_word"]
     docs = docs_of("sink_chat_smoke", model_path, rules=rules)
     assert [doc["rule"] for doc in docs] == rules * 2
@@ -236,8 +235,9 @@ def test_stream_distances(tokenizer_path):
         assert prompt.count(fact) == 1, "the stream must tell the answer, once"
         back = len(encode(prompt[prompt.index(fact) :]).input_ids)
         assert back == doc["num_back"]
-        # Lines are up to 30 tokens here, and the nearest fact is asked for.
-        assert abs(back - doc["distance"]) <= 40
+        # A fact with its prose is up to 60 tokens here; the nearest that was not
+        # recalled before is asked for.
+        assert abs(back - doc["distance"]) <= 60
         assert len(encode(prompt).input_ids) <= 1500
 
 
