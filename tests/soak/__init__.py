@@ -1,0 +1,1 @@
+"""Hours under load that nobody watches: ``python -m tests.soak --help``."""

@@ -1,0 +1,98 @@
+"""A real server under the load of many clients, for as long as you like.
+
+    python -m tests.soak --minutes 60 --seed 1
+    python -m tests.soak --minutes 10 --seed 2 --ngram --clients 200
+
+Each client asks one request after another from a deck of some forty kinds whose
+answers were noted while nothing else ran: whole, as a stream, or hung up on. The
+pool of KV blocks is small, so that requests are preempted; the prefix cache is
+reset every 20 s. Prints a summary as JSON; the exit status is 1 if anything that
+must hold did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from tests.soak.clients import SoakFailure
+from tests.soak.deck import Deck
+from tests.soak.model import save_tiny
+from tests.soak.run import Report, soak
+from tests.soak.server import Server
+
+MAX_MODEL_LEN = 1024
+FLAGS = ["--max-model-len", str(MAX_MODEL_LEN), "--block-size", "16"]
+FLAGS += ["--max-num-batched-tokens", "256", "--max-num-seqs", "24"]
+FLAGS += ["--num-gpu-blocks-override", "220", "--scheduling-policy", "priority"]
+FLAGS += ["--additional-config"]
+FLAGS += ['{"sink": {"num_sink_tokens": 4, "window_size": 124}}']
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--ngram", action="store_true", help="n-gram speculation")
+    parser.add_argument(
+        "--log-characters",
+        type=int,
+        default=6000,
+        help="how much of the server's log is printed after a failure",
+    )
+    parser.add_argument(
+        "--model",
+        help="a model folder; left out: a small random Llama with the tokenizer of "
+        "VLLM_SINK_TEST_MODEL",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model or save_tiny(
+            os.environ["VLLM_SINK_TEST_MODEL"], Path(folder) / "model", MAX_MODEL_LEN
+        )
+        flags = [*FLAGS, *(["--speculative-config", NGRAM] if args.ngram else [])]
+        server = Server(model, Path(folder) / "log", *flags)
+        report = Report(args.seed, 60 * args.minutes, args.clients)
+        try:
+            server.wait_ready()
+            deck = Deck(args.seed, vocab=40_000, max_model_len=MAX_MODEL_LEN)
+            start = time.monotonic()
+            asyncio.run(
+                soak(
+                    server,
+                    deck,
+                    seconds=report.seconds,
+                    clients=args.clients,
+                    report=report,
+                )
+            )
+            print(f"{time.monotonic() - start:.0f} s in all, solo answers included")
+        except (SoakFailure, OSError) as error:  # the server died, or before the load
+            report.failures.append(f"{type(error).__name__}: {error}")
+        finally:
+            status = server.stop()
+        if status not in (0, -15, 143):
+            report.failures.append(f"the server ended with {status} on SIGTERM")
+        report.failures += [f"left behind: {name}" for name in server.left_behind()]
+        if report.failures:
+            print(server.log.read_text()[-args.log_characters :])
+        report.print()
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""One soak: solo answers, then load, then what must hold afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.soak.clients import SoakFailure, client, one_client, probe, solo
+from tests.soak.deck import Card, Deck
+from tests.soak.server import Server
+
+SAMPLE_S = 2.0
+RESET_S = 20.0
+# Memory: the slope after the warm-up, by the median of pairwise slopes; a run that
+# is too short to tell a slope must not have grown by this much.
+MAX_SLOPE_MIB_PER_MIN = 1.0
+MAX_GROWTH_MIB = 64.0
+SLOPE_NEEDS_S = 600.0
+MAX_PROBE_S = 30.0
+
+
+@dataclass
+class Report:
+    """What a soak saw; printed as JSON."""
+
+    seed: int
+    seconds: float
+    clients: int
+    tally: Counter = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        ordered = sorted(self.latencies) or [0.0]
+        names = ("evicted_blocks_total", "prefix_hits_total", "prefix_hit_tokens_total")
+        return {
+            "seed": self.seed,
+            "seconds": round(self.seconds),
+            "clients": self.clients,
+            **dict(self.tally),
+            "preemptions": self.counters.get("vllm:num_preemptions_total", 0),
+            **{name: self.counters.get(f"vllm:sink_{name}", 0) for name in names},
+            "probe_s": [round(statistics.median(ordered), 2), round(ordered[-1], 2)],
+            "memory_mib": [round(m) for _, m in self.memory[:: len(self.memory) - 1]]
+            if len(self.memory) > 1
+            else [],
+            "memory_slope_mib_per_min": round(slope(warm(self.memory)), 3),
+            "failures": self.failures,
+        }
+
+    def print(self) -> None:
+        print(json.dumps(self.summary(), indent=1), flush=True)
+
+
+def warm(memory: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The samples after the first third."""
+    return memory[len(memory) // 3 :]
+
+
+def slope(memory: list[tuple[float, float]]) -> float:
+    """MiB a minute: the median of pairwise slopes (Theil, 1950; Sen, 1968)."""
+    half = len(memory) // 2
+    pairs = zip(memory[:half], memory[half:], strict=False)
+    slopes = [60 * (b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs if b[0] > a[0]]
+    return statistics.median(slopes) if slopes else 0.0
+
+
+async def soak(
+    server: Server, deck: Deck, *, seconds: float, clients: int, report: Report
+) -> None:
+    """Load the server and check the invariants; failures go to the report."""
+    before = server.counters()
+    small = [card for card in deck.cards if card.kind == "length"][2]
+    probe_card = Card("probe", "completions", small.body, {**small.extra})
+    probe_card.extra["priority"] = -100
+    async with client(server.url) as api:
+        for card in [*deck.cards, probe_card]:
+            await asyncio.to_thread(server.reset_prefix_cache)
+            await solo(api, card)
+            if card.status == 200 and card.solo is None:
+                raise SoakFailure(f"{card.kind}: refused alone")
+    start = time.monotonic()
+    until = start + seconds
+    watching = asyncio.create_task(_watch(server, until, start, report))
+    loads = [
+        one_client(server.url, deck.cards, report.seed * 1000 + i, until, report.tally)
+        for i in range(clients)
+    ]
+    loads.append(probe(server.url, probe_card, until, report.latencies))
+    for result in await asyncio.gather(*loads, return_exceptions=True):
+        if isinstance(result, BaseException):
+            report.failures.append(f"{type(result).__name__}: {result}"[:500])
+    await watching
+    await _check_idle(server, before, report)
+
+
+async def _watch(server: Server, until: float, start: float, report: Report) -> None:
+    """Memory of the server's processes; the prefix cache reset now and then."""
+    next_reset = start + RESET_S
+    while time.monotonic() < until:
+        now = time.monotonic()
+        report.memory.append((now - start, server.resident_mib()))
+        if now >= next_reset:
+            next_reset += RESET_S
+            await asyncio.to_thread(server.reset_prefix_cache)
+            report.tally["resets"] += 1
+        await asyncio.sleep(SAMPLE_S)
+
+
+async def _check_idle(server: Server, before: dict[str, float], report: Report) -> None:
+    """Nothing runs: nothing is held, and the counters add up."""
+    deadline = time.monotonic() + 60
+    while True:  # hung-up requests are aborted within moments
+        after = server.counters()
+        if (
+            not after["vllm:num_requests_running"]
+            and not after["vllm:num_requests_waiting"]
+        ):
+            break
+        if time.monotonic() > deadline:
+            report.failures.append("requests still run a minute after the load")
+            break
+        await asyncio.sleep(1)
+    report.counters = after
+    fail = report.failures.append
+    for name in (
+        "vllm:sink_live_blocks",
+        "vllm:sink_pinned_blocks",
+        "vllm:kv_cache_usage_perc",
+    ):
+        if after[name] != before.get(name, 0.0):
+            fail(f"{name} is {after[name]} with nothing running")
+    # The metrics are written after the last step: the same number twice.
+    hits = "vllm:sink_prefix_hit_tokens_total", "vllm:prefix_cache_hits_total"
+    ours, theirs = (after[name] - before.get(name, 0.0) for name in hits)
+    if ours < theirs:  # preempted requests hit again, which vLLM does not count
+        fail(f"{hits[0]} counts {ours}, {hits[1]} {theirs}")
+    if not after["vllm:sink_evicted_blocks_total"]:
+        fail("no block was evicted: this soak shows nothing")
+    if report.latencies and max(report.latencies) > MAX_PROBE_S:
+        fail(f"a probe took {max(report.latencies):.1f} s")
+    if not report.latencies:
+        fail("no probe came back")
+    memory = warm(report.memory)
+    if len(memory) > 10:
+        growth = memory[-1][1] - memory[0][1]
+        if report.seconds >= SLOPE_NEEDS_S and slope(memory) > MAX_SLOPE_MIB_PER_MIN:
+            fail(f"memory grows by {slope(memory):.2f} MiB a minute")
+        if growth > MAX_GROWTH_MIB:
+            fail(f"memory grew by {growth:.0f} MiB after the warm-up")

@@ -1,0 +1,108 @@
+"""The soak's server: its processes, their memory, its counters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from tests.helpers.server import free_port, post
+
+START_TIMEOUT_S = 300
+
+
+class Server:
+    """``vllm serve MODEL --attention-backend sink`` in processes of its own.
+
+    Args:
+        model: Folder of the model.
+        log: Its output goes there.
+        flags: Further flags.
+        environment: Changes to its environment.
+    """
+
+    def __init__(self, model: str, log: Path, *flags: str, **environment: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        variables = {
+            **os.environ,
+            "VLLM_PLUGINS": "sink",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **environment,
+        }
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+        command += ["--attention-backend", "sink", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
+        command += ["--served-model-name", "model", *flags]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=variables
+            )
+        self.children: list[psutil.Process] = []
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self.url + "/health", timeout=5)
+                break
+            time.sleep(0.5)
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, timeout_s: float = 60) -> int:
+        """End it by SIGTERM; its exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout_s)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+    def left_behind(self, patience_s: float = 10) -> list[str]:
+        """Children that still run after the server ended."""
+        _, alive = psutil.wait_procs(self.children, timeout=patience_s)
+        return [" ".join(child.cmdline())[:80] for child in alive]
+
+    def engine_core(self) -> psutil.Process:
+        for child in self.children:
+            with contextlib.suppress(psutil.Error):
+                if "EngineCore" in " ".join(child.cmdline()):
+                    return child
+        raise AssertionError(f"no engine core among {self.children}")
+
+    def resident_mib(self) -> float:
+        """Resident memory of all of its processes, MiB."""
+        total = 0
+        for process in [psutil.Process(self.process.pid), *self.children]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total / 2**20
+
+    def counters(self) -> dict[str, float]:
+        """Values of ``/metrics``, summed over their labels."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=30) as page:
+            lines = page.read().decode().splitlines()
+        values: dict[str, float] = {}
+        for line in lines:
+            if line and not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                name = name.split("{")[0]
+                values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def reset_prefix_cache(self) -> None:
+        post(self.url, "/reset_prefix_cache").close()
