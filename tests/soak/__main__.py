@@ -44,12 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--ngram", action="store_true", help="n-gram speculation")
-    parser.add_argument(
-        "--log-characters",
-        type=int,
-        default=6000,
-        help="how much of the server's log is printed after a failure",
-    )
+    parser.add_argument("--log", help="the server's log; left out: a temporary file")
     parser.add_argument(
         "--model",
         help="a model folder; left out: a small random Llama with the tokenizer of "
@@ -65,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             os.environ["VLLM_SINK_TEST_MODEL"], Path(folder) / "model", MAX_MODEL_LEN
         )
         flags = [*FLAGS, *(["--speculative-config", NGRAM] if args.ngram else [])]
-        server = Server(model, Path(folder) / "log", *flags)
+        server = Server(model, Path(args.log or Path(folder) / "log"), *flags)
         report = Report(args.seed, 60 * args.minutes, args.clients)
         try:
             server.wait_ready()
@@ -89,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             report.failures.append(f"the server ended with {status} on SIGTERM")
         report.failures += [f"left behind: {name}" for name in server.left_behind()]
         if report.failures:
-            print(server.log.read_text()[-args.log_characters :])
+            print(server.first_error())
         report.print()
     return 1 if report.failures else 0
 

@@ -52,7 +52,7 @@ class Report:
             if len(self.memory) > 1
             else [],
             "memory_slope_mib_per_min": round(slope(warm(self.memory)), 3),
-            "failures": self.failures,
+            "failures": dict(Counter(self.failures)),
         }
 
     def print(self) -> None:

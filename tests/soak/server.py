@@ -84,6 +84,12 @@ class Server:
                     return child
         raise AssertionError(f"no engine core among {self.children}")
 
+    def first_error(self) -> str:
+        """The engine core's first traceback in the log, else the log's end."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        core = [line for line in lines if "EngineCore" in line and "ERROR" in line]
+        return "\n".join(core[:60] or lines[-40:])
+
     def resident_mib(self) -> float:
         """Resident memory of all of its processes, MiB."""
         total = 0
