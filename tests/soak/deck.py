@@ -61,10 +61,11 @@ class Deck:
             self._completion("growing prefix", list(chat), 12)
         for _ in range(4):
             self._completion("long answer", self._tokens(40), max_model_len // 2)
-        for n in (2, 3):  # vLLM refuses n > 1 at temperature 0
-            # No seed: vLLM 0.32 on a CPU ends its engine when the prompt of a seeded
-            # request comes in chunks ("CPU Generator does not use offset"), sink or not.
-            self._completion("n", self._tokens(120), 10, n=n, temperature=0.002)
+        for n in (2, 3):  # vLLM refuses n > 1 at temperature 0; no seed: vLLM 0.32
+            # on a CPU ends its engine where a seeded request's prompt comes in
+            # chunks ("CPU Generator does not use offset"), sink or not.
+            card = self._completion("n", self._tokens(120), 10, n=n, temperature=1)
+            card.extra["top_k"] = 1
         for level in (-3, 5):
             card = self._completion("priority", self._tokens(200), 10)
             card.extra["priority"] = level

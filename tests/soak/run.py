@@ -34,6 +34,7 @@ class Report:
     tally: Counter = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
+    processes: list[dict[str, float]] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -51,6 +52,10 @@ class Report:
             "memory_mib": [round(m) for _, m in self.memory[:: len(self.memory) - 1]]
             if len(self.memory) > 1
             else [],
+            "processes_mib": [
+                {name: round(size) for name, size in sizes.items()}
+                for sizes in self.processes[:: max(1, len(self.processes) // 6)]
+            ],
             "memory_slope_mib_per_min": round(slope(warm(self.memory)), 3),
             "failures": dict(Counter(self.failures)),
         }
@@ -106,7 +111,9 @@ async def _watch(server: Server, until: float, start: float, report: Report) -> 
     next_reset = start + RESET_S
     while time.monotonic() < until:
         now = time.monotonic()
-        report.memory.append((now - start, server.resident_mib()))
+        sizes = server.resident_mib()
+        report.memory.append((now - start, sum(sizes.values())))
+        report.processes.append(sizes)
         if now >= next_reset:
             next_reset += RESET_S
             await asyncio.to_thread(server.reset_prefix_cache)

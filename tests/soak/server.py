@@ -90,13 +90,14 @@ class Server:
         core = [line for line in lines if "EngineCore" in line and "ERROR" in line]
         return "\n".join(core[:60] or lines[-40:])
 
-    def resident_mib(self) -> float:
-        """Resident memory of all of its processes, MiB."""
-        total = 0
+    def resident_mib(self) -> dict[str, float]:
+        """Resident memory of each of its processes, MiB."""
+        sizes: dict[str, float] = {}
         for process in [psutil.Process(self.process.pid), *self.children]:
             with contextlib.suppress(psutil.Error):
-                total += process.memory_info().rss
-        return total / 2**20
+                name = process.name()
+                sizes[name] = sizes.get(name, 0) + process.memory_info().rss / 2**20
+        return sizes
 
     def counters(self) -> dict[str, float]:
         """Values of ``/metrics``, summed over their labels."""
