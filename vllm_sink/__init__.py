@@ -17,7 +17,7 @@ __all__ = ["platform_plugin", "register"]
 
 def register() -> None:
     """Make ``--attention-backend sink`` known to this process; idempotent."""
-    from vllm_sink.attention import rotation
+    from vllm_sink.attention import rotation_probe
     from vllm_sink.cache import metrics
     from vllm_sink.engine import compat
 
@@ -25,7 +25,7 @@ def register() -> None:
     compat.register_backend_member()
     compat.register_kv_cache_spec()
     compat.register_variable(metrics.FOLDER_VARIABLE)
-    rotation.record_parents()
+    rotation_probe.record_parents()
     metrics.register_collector()
 
 

@@ -7,13 +7,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from vllm import envs
 from vllm.platforms import current_platform
 
 import vllm_sink
 from vllm_sink import __version__
-from vllm_sink.attention import rotation
 from vllm_sink.cache import metrics
 from vllm_sink.engine import compat
 from vllm_sink.policy.config import SinkConfig
@@ -135,79 +133,6 @@ def test_rotary_table_too_short_and_bad_config_stop_the_engine(model_path, monke
         sink_engine(model_path, 4, 60, max_model_len=9000),
     ):
         pass
-
-
-class Plain(torch.nn.Module):
-    def forward(self, positions, hidden):
-        q, k, v = hidden
-        q, k = self.rotary_emb(positions, q, k)
-        return self.attn(q, k, v)
-
-
-class ByFlag(Plain):
-    def forward(self, positions, hidden):
-        q, k, v = hidden
-        if self.use_rope:
-            q, k = self.rotary_emb(positions, q, k)
-        return self.attn(q, k, v)
-
-
-class ScaledAfter(Plain):
-    def forward(self, positions, hidden):
-        q, k, v = hidden
-        q, k = self.rotary_emb(positions, q, k)
-        q = q * self.scale
-        return self.attn(q, k, v)
-
-
-def test_rotation_is_certain_or_refused():
-    assert rotation.rotates_unconditionally(Plain)
-    assert not rotation.rotates_unconditionally(ByFlag)
-    assert not rotation.rotates_unconditionally(ScaledAfter)
-    from vllm.model_executor.models import gemma3, llama, qwen2, qwen3
-
-    for owner in (
-        llama.LlamaAttention,
-        qwen2.Qwen2Attention,
-        qwen3.Qwen3Attention,
-        gemma3.Gemma3Attention,
-    ):
-        assert rotation.rotates_unconditionally(owner), owner
-
-
-class DynamicRotaryEmbedding(torch.nn.Module):
-    pass
-
-
-@pytest.mark.parametrize(
-    "rotary, owner, message",
-    [
-        (None, Plain, "has no rotary_emb"),
-        (DynamicRotaryEmbedding, Plain, "is a DynamicRotaryEmbedding"),
-    ],
-)
-def test_unknown_rotation_names_absolute(rotary, owner, message):
-    rotation.record_parents()
-    module, layer = owner(), torch.nn.Identity()
-    layer.attn_backend = object
-    with pytest.raises(ValueError, match="was not seen"):
-        rotation.find_rotation("layers.0.attn", layer)
-    if rotary is not None:
-        module.rotary_emb = rotary()
-    module.attn = layer
-    with pytest.raises(ValueError, match=f"{message}.*'absolute', which works"):
-        rotation.find_rotation("layers.0.attn", layer)
-
-
-def test_turn_divides_the_magnitude_out():
-    positions = torch.arange(4000).double()
-    frequency = 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
-    angle = positions[:, None] * frequency
-    table = 1.25 * torch.cat([angle.cos(), angle.sin()], dim=1)
-    cos, sin = rotation.Rotation(table.float(), True).turn(torch.tensor([10, 3999]), 64)
-    want = torch.tensor([0.0, 63 - 3999.0]).double()[:, None] * frequency
-    assert torch.allclose(cos.double(), want.cos(), atol=1e-5)
-    assert torch.allclose(sin.double(), want.sin(), atol=1e-5)
 
 
 def test_enum_member_survives_pickling_by_value():

@@ -27,9 +27,8 @@ def sink_engine(
             }
         }
     kwargs.setdefault("max_model_len", 4096)
-    llm = LLM(
-        model, dtype="float32", enforce_eager=True, disable_log_stats=True, **kwargs
-    )
+    kwargs.setdefault("dtype", "float32")
+    llm = LLM(model, enforce_eager=True, disable_log_stats=True, **kwargs)
     try:
         yield llm
     finally:

@@ -20,7 +20,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_sink.attention import gpu_support
-from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, engine_config
+from vllm_sink.attention.base import (
+    SinkBuilderBase,
+    SinkImplBase,
+    engine_config,
+    measure_loaded_model,
+)
 from vllm_sink.cache import heads
 from vllm_sink.cache.spec import SinkSpec
 
@@ -122,7 +127,11 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention becomes the sink policy; other windows stay as they are."""
+        """Full attention becomes the sink policy; other windows stay as they are.
+
+        vLLM asks once the model is loaded, so this is where it is measured.
+        """
+        measure_loaded_model()
         if type(spec) is FullAttentionSpec and spec.sliding_window is None:
             return SinkSpec.from_full(spec, engine_config())
         return spec
@@ -166,6 +175,7 @@ class SinkRetrievalBackend(SinkBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        measure_loaded_model()
         config = engine_config()
         if config.retrieval_policy is None:
             return spec

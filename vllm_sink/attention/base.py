@@ -27,6 +27,7 @@ metadata's step then has that one part.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
+from vllm_sink.attention.rotation_exact import trained_length
+from vllm_sink.attention.rotation_measure import measure_rotations
 from vllm_sink.cache.heads import HeadCache, HeadGroup, HeadGroups, Padding
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
@@ -75,15 +78,61 @@ class Step:
 
 # The config of the engine whose layers were built last in this process.
 _engine_config = SinkConfig()
+_vllm_config: weakref.ref[VllmConfig] | None = None  # vLLM's own of it
 
 
 def engine_config() -> SinkConfig:
     """The config of the engine being built, or of the one built last."""
-    global _engine_config
+    global _engine_config, _vllm_config
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is not None:
         _engine_config = validate_engine(vllm_config)
+        before = _vllm_config() if _vllm_config is not None else None
+        # A drafter has a config of its own, for as long as it loads; the layers of
+        # both are in the same compilation config.
+        if (
+            before is None
+            or before.compilation_config is not vllm_config.compilation_config
+        ):
+            _vllm_config = weakref.ref(vllm_config)
     return _engine_config
+
+
+def measure_loaded_model() -> None:
+    """Measure the rotations of the engine built last, once its model is loaded.
+
+    Needed where queries are turned, and where positions exceed the trained length:
+    its tables are then made exact.
+
+    Called where vLLM asks for the layers' KV cache specs, before it profiles,
+    compiles and captures; once a layer.
+    """
+    vllm_config = _vllm_config() if _vllm_config is not None else None
+    if vllm_config is None:
+        return
+    model = vllm_config.model_config
+    beyond = model.max_model_len > trained_length(model)
+    if beyond or _needs_rotations(vllm_config):
+        measure_rotations(vllm_config, _sink_layers(vllm_config))
+
+
+def _sink_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """All layers of the engine that this backend serves."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer.impl, SinkImplBase)
+    }
+
+
+def _needs_rotations(vllm_config: VllmConfig) -> bool:
+    """Whether any query is ever turned."""
+    config = validate_engine(vllm_config)
+    policies = [config.policy, config.retrieval_policy]
+    budget = min(policy.budget for policy in policies if policy is not None)
+    reached = budget < vllm_config.model_config.max_model_len
+    return reached and config.sink_positions == "cache" and config.num_sink_tokens > 0
 
 
 class SinkBuilderBase(AttentionMetadataBuilder[M]):
@@ -140,6 +189,8 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             return
         for name, layer in self.layers.items():
             rotation = find_rotation(name, layer)
+            if rotation is None:
+                continue
             check_table(name, rotation, max_model_len)
             layer.impl.rotation = rotation
             self.rotations[id(rotation.cos_sin_cache)] = rotation

@@ -1,0 +1,156 @@
+"""Past the trained length the tables that rotate hold exact angles."""
+
+import os
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.helpers.engine import model_runner, sink_engine
+from tests.helpers.random_llama import save_llama
+from vllm_sink.attention import rotation_exact
+from vllm_sink.attention.rotation_exact import read_frequencies, write_rows
+
+SINKS, WINDOW = 4, 124
+TEXT, SCORED = 768, 512
+TOLERANCE = 2e-3
+# 4,000,000 takes minutes: VLLM_SINK_FAR_OFFSET=4000000 runs it, too.
+OFFSETS = [100_000, int(os.environ.get("VLLM_SINK_FAR_OFFSET", "1000000"))]
+
+
+def model_table(length: int, dtype, factor=1.0, magnitude=1.0) -> tuple:
+    """Frequencies and rows as models compute them: in float32, then rounded."""
+    frequencies = 1 / (10000.0 ** (torch.arange(0, 64, 2).float() / 64)) / factor
+    angles = torch.arange(length).float()[:, None] * frequencies
+    rows = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
+    return frequencies, rows.to(dtype)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1.25])
+@pytest.mark.parametrize("trained", [256, 8192])
+def test_frequencies_are_read_off_a_tables_rows(trained, magnitude):
+    frequencies, rows = model_table(4_000_000, torch.float32, 3.0, magnitude)
+    found, factor = read_frequencies(rows[:trained].double(), torch.float32)
+    assert (found / frequencies.double() - 1).abs().max() < 2**-22
+    write_rows(rows, found, factor)
+    at = torch.tensor([0, 1, trained, 1_000_000, 3_999_999])
+    angles = at.double()[:, None] * found
+    exact = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
+    assert torch.equal(rows[at], exact.float())
+
+
+def test_frequencies_of_a_bf16_table():
+    """Good enough for every distance that a query ever sees."""
+    frequencies, rows = model_table(8192, torch.bfloat16)
+    found, _ = read_frequencies(rows.double(), torch.bfloat16)
+    assert ((found - frequencies.double()).abs() * 8192).max() < 1e-3
+
+
+def test_a_table_that_does_not_grow_evenly_is_left_alone():
+    class Rotary(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            _, rows = model_table(2048, torch.float32)
+            rows[1000:] = rows[1000:].flip(0)
+            self.register_buffer("cos_sin_cache", rows)
+
+    from vllm_sink.attention.rotation_tables import tables_of
+
+    rotary = Rotary()
+    before = rotary.cos_sin_cache.clone()
+    table = next(tables_of([("rotary", rotary)], 64, torch.float32))
+    assert rotation_exact.make_exact(rotary, table, 2048, 2048) is None
+    assert torch.equal(rotary.cos_sin_cache, before)
+    straight = Rotary()
+    straight.cos_sin_cache = model_table(2048, torch.float32)[1]
+    table = next(tables_of([("rotary", straight)], 64, torch.float32))
+    assert rotation_exact.make_exact(straight, table, 1024, 2048) is table
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_llama(
+        tmp_path_factory.mktemp("tiny"),
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=2048,
+    )
+
+
+def logprobs_at(llm, tokens: list[int], offset: int) -> torch.Tensor:
+    """[SCORED]: of the text's end, ``offset`` tokens after its sinks.
+
+    Taken from the hidden states: vLLM's own would come with those of the prefix.
+    """
+    filler = torch.randint(
+        3, 512, (offset,), generator=torch.Generator().manual_seed(offset)
+    ).tolist()
+    prompt = tokens[:SINKS] + filler + tokens[SINKS:]
+    model = model_runner(llm).get_model()
+    kept: list[torch.Tensor] = []
+
+    def keep(module, args, output):
+        kept.append(output.clone())
+        del kept[:-2]
+
+    hook = model.register_forward_hook(keep)
+    try:
+        llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(temperature=0, max_tokens=1),
+            use_tqdm=False,
+        )
+    finally:
+        hook.remove()
+    hidden = torch.cat(kept)[: -1 if len(kept[-1]) == 1 else None]
+    logits = model.compute_logits(hidden[-SCORED - 1 : -1])
+    chosen = torch.tensor(tokens[-SCORED:])[:, None]
+    return torch.log_softmax(logits.float(), -1).gather(1, chosen)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "impl, offsets", [("vllm", OFFSETS), ("transformers", [100_000])]
+)
+def test_one_text_at_far_offsets(path, impl, offsets):
+    """What a query sees is the same there, and so is what it says."""
+    tokens = torch.randint(
+        3, 512, (TEXT,), generator=torch.Generator().manual_seed(7)
+    ).tolist()
+    length = max(offsets) + TEXT + 16
+    with sink_engine(
+        path,
+        SINKS,
+        WINDOW,
+        max_model_len=length,
+        hf_overrides={"max_position_embeddings": length},
+        max_num_batched_tokens=8192,
+        max_num_seqs=1,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        model_impl=impl,
+    ) as llm:
+        near = logprobs_at(llm, tokens, 0)
+        assert near.std() > 0.1
+        for offset in offsets:
+            far = logprobs_at(llm, tokens, offset)
+            apart = (far - near).abs().max().item()
+            print(f"{impl} at {offset}: {apart:.1e}")
+            assert apart < TOLERANCE
+
+
+def test_nothing_changes_within_the_trained_length(path, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        "vllm_sink.attention.rotation_measure.make_exact",
+        lambda *arguments: called.append(arguments),
+    )
+    with sink_engine(
+        path, SINKS, WINDOW, max_model_len=2048, skip_tokenizer_init=True
+    ) as llm:
+        rotary = model_runner(llm).get_model().model.layers[0].self_attn.rotary_emb
+        want = rotary._compute_cos_sin_cache()
+        assert torch.equal(rotary.cos_sin_cache, want)
+    assert not called

@@ -1,0 +1,237 @@
+"""One forward of a loaded model in which attention adds nothing.
+
+The same few tokens stand at several positions, every attention layer returns
+zeros, and the q and k that reach it are kept. What differs between positions is
+then the rotation alone: no token sees another one, and nothing but the rotary
+module reads ``positions``.
+
+The forward is the model's own, eager, without attention metadata, as when vLLM
+profiles memory: no KV cache is touched, nothing is compiled or captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.sequence import IntermediateTensors
+
+# Of the vocabulary, where the probed tokens are. Several, because a row of the
+# embedding may be zero (padding, never trained), and zero shows no rotation.
+_TOKENS = (0.21, 0.52, 0.83)
+
+# module -> the module it was registered in last
+_parents: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_recording = False
+
+
+def record_parents() -> None:
+    """Remember, from now on, which module owns each module; idempotent.
+
+    Through torch's public registration hook: nothing of vLLM is patched.
+    """
+    global _recording
+    if _recording:
+        return
+    _recording = True
+
+    def note(parent: torch.nn.Module, name: str, child) -> None:
+        if child is not None:
+            _parents[child] = weakref.ref(parent)
+
+    torch.nn.modules.module.register_module_module_registration_hook(note)
+
+
+def ancestors(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that hold ``module``, from its owner to the whole model."""
+    chain: list[torch.nn.Module] = []
+    while (parent := _parents.get(module)) is not None:
+        module = parent()
+        if module is None or module in chain:
+            break
+        chain.append(module)
+    return chain
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What reached one attention layer: rows of tokens x positions.
+
+    Args:
+        query, key: [G, P, heads, D] float32 on the CPU, G tokens at P positions.
+            key is None where the layer reads another layer's cache.
+        noise: The largest difference between rows of one token at one position,
+            as a part of their length; not 0 where a row hears of its neighbours.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor | None
+    noise: float
+
+
+def probe(
+    root: torch.nn.Module,
+    layers: dict[str, Any],
+    vllm_config: VllmConfig,
+    positions: list[int],
+) -> dict[str, Seen]:
+    """Run ``root`` with tokens at ``positions``; what reached each layer.
+
+    Args:
+        root: A whole model: target or drafter.
+        layers: Its attention layers by name.
+        positions: P positions; the rows are those of the first token, of the
+            second, …, and each token at the first position once more.
+    """
+    tokens = len(_TOKENS)
+    which = torch.arange(tokens).repeat_interleave(len(positions))
+    which = torch.cat([which, torch.arange(tokens)])
+    at = torch.tensor(positions * tokens + positions[:1] * tokens)
+    with _recorded(layers) as rows:
+        _forward(root, vllm_config, which, at)
+    missing = sorted(set(layers) - set(rows))
+    assert not missing, f"the forward did not reach {missing}"
+    return {
+        name: _arrange(query, key, tokens, len(positions))
+        for name, (query, key) in rows.items()
+    }
+
+
+def difference(one: Seen, other: Seen) -> float:
+    """How far two forwards are apart at their first position, both the same."""
+    apart = 0.0
+    for a, b in ((one.query, other.query), (one.key, other.key)):
+        if a is not None and b is not None:
+            length = max(a[:, 0].norm().item(), 1e-30)
+            apart = max(apart, (a[:, 0] - b[:, 0]).norm().item() / length)
+    return apart
+
+
+def _arrange(
+    query: torch.Tensor, key: torch.Tensor | None, tokens: int, count: int
+) -> Seen:
+    noise = 0.0
+    parts: list[torch.Tensor | None] = []
+    for rows in (query, key):
+        if rows is None:
+            parts.append(None)
+            continue
+        rows = rows.float().cpu()
+        grid = rows[: tokens * count].unflatten(0, (tokens, count))
+        again = rows[tokens * count :]
+        length = again.norm().item()
+        if length > 0:
+            noise = max(noise, (grid[:, 0] - again).norm().item() / length)
+        parts.append(grid)
+    assert parts[0] is not None
+    return Seen(parts[0], parts[1], noise)
+
+
+@contextlib.contextmanager
+def _recorded(layers: dict[str, Any]) -> Iterator[dict[str, tuple]]:
+    """Attention returns zeros meanwhile, and its q and k are kept by layer."""
+    rows: dict[str, tuple] = {}
+
+    def recorder(name: str, keeps_key: bool):
+        def forward(layer, query, key, value, kv_cache, attn_metadata, output, **_):
+            keep = key.clone() if keeps_key and key is not None else None
+            rows[name] = (query.clone(), keep)
+            return output.zero_()
+
+        return forward
+
+    try:
+        for name, layer in layers.items():
+            layer.impl.forward = recorder(name, layer.impl.writes_cache)
+        yield rows
+    finally:
+        for layer in layers.values():
+            layer.impl.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def _forward(
+    root: torch.nn.Module,
+    vllm_config: VllmConfig,
+    which: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Run the whole model on rows of token number ``which`` at ``positions``."""
+    device = torch.device(vllm_config.device_config.device)
+    model_config = vllm_config.model_config
+    vocabulary = model_config.get_vocab_size()
+    ids = torch.tensor([int(part * vocabulary) for part in _TOKENS])[which]
+    ids, positions = ids.to(device), positions.to(device)
+    count = len(which)
+    takes = inspect.signature(root.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids, "positions": positions}
+    if model_config.uses_mrope and "hidden_states" not in takes:
+        arguments["positions"] = positions.repeat(model_config.mrope_num_dims, 1)
+    if "intermediate_tensors" in takes:
+        arguments["intermediate_tensors"] = _intermediate(root, vllm_config, which)
+    if model_config.is_multimodal_model and "inputs_embeds" in takes:
+        arguments["inputs_embeds"] = root.embed_input_ids(ids)  # type: ignore[operator]
+    if "hidden_states" in takes:  # an EAGLE or MTP drafter, fed by the target
+        arguments["hidden_states"] = _noise(
+            which, (count, model_config.get_hidden_size()), model_config.dtype, device
+        )
+    _select_no_adapter(root, count)
+    parallel = vllm_config.parallel_config
+    across = None
+    if parallel.data_parallel_size > 1:
+        across = torch.full((parallel.data_parallel_size,), count, dtype=torch.int32)
+    with set_forward_context(
+        None,
+        vllm_config,
+        num_tokens=count,
+        num_tokens_across_dp=across,
+        slot_mapping={},
+        skip_compiled=True,
+    ):
+        root(**arguments)
+
+
+def _intermediate(
+    root: Any, vllm_config: VllmConfig, which: torch.Tensor
+) -> IntermediateTensors | None:
+    """What the pipeline's previous rank would send: rows by token, not zeros."""
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank:
+        return None
+    empty = root.make_empty_intermediate_tensors(
+        batch_size=len(which),
+        dtype=vllm_config.model_config.dtype,
+        device=torch.device(vllm_config.device_config.device),
+    )
+    return IntermediateTensors(
+        {
+            name: _noise(which, tensor.shape, tensor.dtype, tensor.device)
+            for name, tensor in empty.tensors.items()
+        }
+    )
+
+
+def _noise(which: torch.Tensor, shape, dtype, device) -> torch.Tensor:
+    """Random rows, the same on every rank and for every row of a token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(_TOKENS), *shape[1:], generator=generator)
+    return rows[which].to(device=device, dtype=dtype)
+
+
+def _select_no_adapter(root: torch.nn.Module, count: int) -> None:
+    """LoRA layers read which adapter each row has: none."""
+    manager = getattr(root, "lora_manager", None)
+    if manager is None:
+        return
+    from vllm.lora.layers import LoRAMapping
+
+    mapping = LoRAMapping((0,) * count, (0,) * count, is_prefill=True)
+    manager.set_adapter_mapping(mapping)
