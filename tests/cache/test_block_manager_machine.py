@@ -25,18 +25,35 @@ from hypothesis.stateful import (
 )
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_group_id,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
-from tests.helpers.block_managers import make_manager
+from tests.helpers.block_managers import full_spec, make_manager, sink_spec
 from tests.helpers.retention_oracle import NULL, Oracle, Sequence
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy
 
 CHUNK = 24  # most tokens a step; two steps may be in flight
 MAX_LEN = 300
-POLICIES = [(4, 60, 16), (0, 33, 16), (20, 1, 8), (40, 24, 16), (3, 5, 1), (17, 40, 8)]
+FULL = (0, 10**6)  # a group of retrieval heads that keep everything
+# (S, W) of each group, and the block size. Several groups are heads of two policies.
+POLICIES = [
+    (((4, 60),), 16),
+    (((0, 33),), 16),
+    (((20, 1),), 8),
+    (((40, 24),), 16),
+    (((3, 5),), 1),
+    (((17, 40),), 8),
+    (((4, 60), (4, 60), FULL), 16),
+    (((0, 33), FULL), 16),
+    (((17, 40), (17, 40), (17, 120)), 8),
+    (((20, 1), FULL), 8),
+]
 ROOTS = [random.Random(seed).choices(range(50), k=MAX_LEN) for seed in range(3)]
 STEPS = settings(
     max_examples=70,
@@ -68,27 +85,37 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @initialize(policy=st.sampled_from(POLICIES), times=st.sampled_from([1, 1, 2]))
     def start(self, policy, times):
-        sinks, window, size = policy
-        self.oracle = Oracle(sinks, window, size)
-        self.bound = min(self.oracle.bound(2 * CHUNK), self.oracle.blocks(MAX_LEN))
+        groups, self.size = policy
+        self.oracles = [Oracle(sinks, window, self.size) for sinks, window in groups]
+        self.bounds = [
+            min(oracle.bound(2 * CHUNK), oracle.blocks(MAX_LEN))
+            for oracle in self.oracles
+        ]
+        self.counts["several groups"] += len(groups) > 1
         self.manager = make_manager(
-            RetentionPolicy(sinks, window),
-            size,
-            num_blocks=times * self.bound + 1,
+            RetentionPolicy(*groups[0]),
+            self.size,
+            num_blocks=times * sum(self.bounds) + 1,
             max_model_len=MAX_LEN,
             max_in_flight_tokens=2 * CHUNK,
+            other_specs=[
+                full_spec(self.size)
+                if group == FULL
+                else sink_spec(RetentionPolicy(*group), self.size)
+                for group in groups[1:]
+            ],
         )
         self.pool = self.manager.block_pool
         self.tally: Counter = Counter()  # what /metrics would show
-        self.manager.coordinator.single_type_managers[0].metrics = SimpleNamespace(
-            add=self.add_metric
-        )
+        for manager in self.manager.coordinator.single_type_managers:
+            manager.metrics = SimpleNamespace(add=self.add_metric)
         self.num_usable = self.pool.get_num_free_blocks()
         init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(size, sha256)
+        self.hasher = get_request_block_hasher(self.size, sha256)
         self.running: list[Life] = []
         self.waiting: list[Life] = []
-        self.cached: dict[int, int] = {}  # cached block id -> prefix's name
+        # cached block id -> (group, prefix's name)
+        self.cached: dict[int, tuple[int, int]] = {}
         self.names = 0
 
     def add_metric(self, name: str, amount: int) -> None:
@@ -96,12 +123,43 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     # -- what the pool and the rows look like --------------------------------
 
-    def row(self, life: Life) -> list[int]:
-        blocks = self.manager.get_block_ids(life.request.request_id)[0]
-        return list(blocks)
+    def rows(self, life: Life) -> list[tuple[Oracle, list[int]]]:
+        """Of every group, its oracle and the request's row of block ids."""
+        rows = self.manager.get_block_ids(life.request.request_id)
+        return list(zip(self.oracles, map(list, rows), strict=True))
 
-    def cached_ids(self) -> set[int]:
-        return {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+    def live(self, life: Life) -> list[int]:
+        """Ids of all blocks that the request holds."""
+        return [i for _, row in self.rows(life) for i in row if i != NULL]
+
+    def cached_ids(self) -> list[set[int]]:
+        """Of every group, the ids of its blocks in the prefix cache."""
+        ids: list[set[int]] = [set() for _ in self.oracles]
+        for block in self.pool.blocks:
+            if block.block_hash is not None:
+                ids[get_group_id(block.block_hash)].add(block.block_id)
+        return ids
+
+    def cached_names(self) -> list[set[int]]:
+        ids = self.cached_ids()
+        return [o.cached_prefixes(i) for o, i in zip(self.oracles, ids, strict=True)]
+
+    def longest_hit(self, life: Life) -> int:
+        """Most tokens that are a hit in every group."""
+        names = self.cached_names()
+        limit = (life.request.num_tokens - 1) // self.size
+        for count in range(limit, 0, -1):
+            n = count * self.size
+            if all(
+                oracle.longest_hit(life.sequence, n, cached) == n
+                for oracle, cached in zip(self.oracles, names, strict=True)
+            ):
+                return n
+        return 0
+
+    def must_hold(self, processed: int, required: int) -> list[int]:
+        """Of every group, how many blocks a request holds."""
+        return [len(o.must_hold(processed, required)) for o in self.oracles]
 
     def free(self) -> int:
         return self.pool.get_num_free_blocks()
@@ -112,30 +170,30 @@ class BlockManagerMachine(RuleBasedStateMachine):
     # -- steps ---------------------------------------------------------------
 
     def write(self, life: Life, start: int, count: int) -> None:
-        row = self.row(life)
-        taken = set(row[start // self.oracle.block_size :])
+        taken: set[int] = set()
         before = dict(self.cached)
-        self.oracle.write(row, start, start + count, life.sequence)
-        for block_id, name in before.items():
+        for oracle, row in self.rows(life):
+            taken |= set(row[start // self.size :])
+            oracle.write(row, start, start + count, life.sequence)
+        for block_id, (group, name) in before.items():
             # Only a new owner takes a block out of the prefix cache.
             if block_id not in taken:
                 assert self.pool.blocks[block_id].block_hash is not None
-                assert self.oracle.prefix_of(block_id) == name
+                assert self.oracles[group].prefix_of(block_id) == name
         for other in self.running:
             other.alone = other.alone and other is life
 
     def admit(self, life: Life) -> bool:
         """Look up a hit and admit, as the scheduler does; False if it must wait."""
-        request, oracle = life.request, self.oracle
+        request = life.request
         blocks, hit, _ = self.manager.get_computed_blocks(request)
-        limit = request.num_tokens - 1
-        names = oracle.cached_prefixes(self.cached_ids())
-        assert hit == oracle.longest_hit(life.sequence, limit, names)
-        ids = blocks.get_block_ids()[0]
-        oracle.check_hit(ids, hit, life.sequence)
+        assert hit == self.longest_hit(life)
+        shared = 0
+        for oracle, ids in zip(self.oracles, blocks.get_block_ids(), strict=True):
+            oracle.check_hit(ids, hit, life.sequence)
+            # Hit blocks that nobody holds leave the free queue too.
+            shared += sum(i != NULL and self.pool.blocks[i].ref_cnt > 0 for i in ids)
         count = min(CHUNK, request.num_tokens - hit)
-        # Hit blocks that nobody holds leave the free queue too.
-        shared = sum(i != NULL and self.pool.blocks[i].ref_cnt > 0 for i in ids)
         free = self.free()
         admitted = self.manager.allocate_slots(
             request,
@@ -146,11 +204,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         )
         if admitted is None:
             self.counts["refused"] += 1
-            whole = len(oracle.must_hold(hit, request.num_tokens))
-            assert min(whole, self.bound) - shared > free, "it would have fitted"
+            whole = sum(map(min, self.must_hold(hit, request.num_tokens), self.bounds))
+            assert whole - shared > free, "it would have fitted"
             assert self.free() == free, "a refusal must not take blocks"
             return False
-        assert len(oracle.must_hold(hit, hit + count)) - shared == free - self.free()
+        assert sum(self.must_hold(hit, hit + count)) - shared == free - self.free()
         self.counts["hits"] += hit > 0
         self.counts["hit tokens"] += hit
         request.num_computed_tokens = hit + count
@@ -171,14 +229,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def advance(self, life: Life, count: int, in_flight: bool) -> bool:
         """One step of ``count`` tokens; preempts when the pool can't give them."""
-        request, oracle = life.request, self.oracle
+        request = life.request
         start, processed = request.num_computed_tokens, self.processed(life)
-        held = {i for i in self.row(life) if i != NULL}
+        held = [set(row) - {NULL} for _, row in self.rows(life)]
         allocated = self.manager.allocate_slots(request, count)
         if allocated is None:
-            kept = [i for i in self.row(life) if i != NULL]
             slots = max(life.slots, start + count)
-            wanted = len(oracle.must_hold(processed, slots)) - len(kept)
+            wanted = sum(self.must_hold(processed, slots)) - len(self.live(life))
             assert wanted > self.free(), "the pool had the blocks"
             # What it generates, drafts included, admission doesn't know of.
             was_seen = life.alone and slots <= life.num_admitted
@@ -186,11 +243,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.counts["out of blocks"] += 1
             self.preempt(life)
             return False
-        row = self.row(life)
-        for index in range(len(row)):
-            if oracle.in_gap(index, processed):
-                assert row[index] == NULL, "the gap must be freed at once"
-        assert held >= {i for i in row[: start // oracle.block_size] if i != NULL}
+        for (oracle, row), before in zip(self.rows(life), held, strict=True):
+            for index in range(len(row)):
+                if oracle.in_gap(index, processed):
+                    assert row[index] == NULL, "the gap must be freed at once"
+            assert before >= set(row[: start // self.size]) - {NULL}
         self.write(life, start, count)
         life.slots = max(life.slots, start + count)
         life.in_flight = life.slots - processed
@@ -308,7 +365,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule()
     def reset(self):
         assert self.manager.reset_prefix_cache()
-        assert not self.cached_ids()
+        assert not any(self.cached_ids())
         self.cached = {}
         self.counts["resets"] += 1
 
@@ -316,49 +373,63 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def everything_adds_up(self):
-        if not hasattr(self, "oracle"):
+        if not hasattr(self, "oracles"):
             return
         self.counts["steps"] += 1
         held: Counter = Counter()
         for life in self.running:
-            row, request = self.row(life), life.request
-            live = [i for i in row if i != NULL]
-            assert len(live) == len(set(live)), "a block twice in one row"
-            assert len(live) <= self.oracle.bound(life.in_flight), "above the bound"
+            computed = life.request.num_computed_tokens
+            live = self.live(life)
+            assert len(live) == len(set(live)), "a block twice in a request's rows"
             held.update(live)
-            self.oracle.check_visible(row, self.processed(life), life.sequence)
-            self.oracle.check_visible(row, request.num_computed_tokens, life.sequence)
+            for oracle, row in self.rows(life):
+                own = sum(i != NULL for i in row)
+                assert own <= oracle.bound(life.in_flight), "above the bound"
+                oracle.check_visible(row, self.processed(life), life.sequence)
+                oracle.check_visible(row, computed, life.sequence)
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held[block.block_id], "reference count"
         queue = [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(queue) == len(set(queue)) == self.free()
         assert set(queue).isdisjoint(held), "a live block can be taken"
         assert len(queue) + len(held) == self.num_usable, "a block was lost"
-        assert self.tally["live_blocks"] == len(held)
-        sinks = self.oracle.blocks(self.oracle.num_sinks)
-        pinned = {i for life in self.running for i in self.row(life)[:sinks]}
+        counted: dict[str, set[int]] = {"live_blocks": set(), "retrieval_blocks": set()}
+        pinned: set[int] = set()
+        for life in self.running:
+            for oracle, row in self.rows(life):
+                is_full = (oracle.num_sinks, oracle.window) == FULL
+                kind = "retrieval_blocks" if is_full else "live_blocks"
+                counted[kind] |= set(row) - {NULL}
+                pinned |= set(row[: oracle.blocks(oracle.num_sinks)])
+        for kind, ids in counted.items():
+            assert self.tally[kind] == len(ids), kind
         assert self.tally["pinned_blocks"] == len(pinned)
         self.check_cache()
 
     def check_cache(self) -> None:
         """Every full block is cached, and no tail without its sinks."""
-        oracle, size = self.oracle, self.oracle.block_size
-        ids = self.cached_ids()
-        names = oracle.cached_prefixes(ids)
-        self.cached = {i: oracle.prefix_of(i) for i in ids}
+        cached_ids, cached_names = self.cached_ids(), self.cached_names()
+        self.cached = {
+            i: (group, oracle.prefix_of(i))
+            for group, oracle in enumerate(self.oracles)
+            for i in cached_ids[group]
+        }
         for life in self.running:
-            for index, block_id in enumerate(self.row(life)[: life.num_final // size]):
-                if block_id != NULL and oracle.serves_a_hit(index):
-                    assert block_id in ids, "a full block isn't cached"
+            for group, (oracle, row) in enumerate(self.rows(life)):
+                for index, block_id in enumerate(row[: life.num_final // self.size]):
+                    if block_id != NULL and oracle.serves_a_hit(index):
+                        assert block_id in cached_ids[group], "full, and not cached"
         for prefixes in self.families():
-            tails = [i for i, name in enumerate(prefixes) if name in names]
-            if tails and tails[-1] >= oracle.blocks(oracle.num_sinks):
-                for index in range(oracle.blocks(oracle.num_sinks)):
-                    assert prefixes[index] in names, "a tail without its sinks"
+            for oracle, names in zip(self.oracles, cached_names, strict=True):
+                tails = [i for i, name in enumerate(prefixes) if name in names]
+                sinks = range(oracle.blocks(oracle.num_sinks))
+                if tails and tails[-1] >= len(sinks):
+                    for index in sinks:
+                        assert prefixes[index] in names, "a tail without its sinks"
 
     def families(self):
         """Block prefixes of every request seen lately, and of the roots."""
-        size = self.oracle.block_size
+        size = self.size
         for sequence in [Sequence(r) for r in ROOTS] + [
             life.sequence for life in self.running + self.waiting
         ]:
@@ -366,7 +437,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             yield [sequence.name((i + 1) * size - 1) for i in range(count)]
 
     def teardown(self):
-        if not hasattr(self, "oracle"):
+        if not hasattr(self, "oracles"):
             return
         for life in self.running:
             self.manager.free(life.request)
@@ -393,6 +464,7 @@ def test_the_manager_follows_the_oracle():
         "extended in flight",
         "drafts rejected",
         "resets",
+        "several groups",
     ):
         assert counts[what] >= 5, f"the run must exercise {what}"
 

@@ -2,9 +2,12 @@
 
 import torch
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
 
-from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
 from vllm_sink.engine import compat
 from vllm_sink.policy.layout import RetentionPolicy
 
@@ -17,6 +20,13 @@ def sink_spec(policy: RetentionPolicy, block_size: int) -> SinkSpec:
         dtype=torch.float32,
         sliding_window=policy.window_size,
         num_sink_tokens=policy.num_sink_tokens,
+    )
+
+
+def full_spec(block_size: int) -> RetrievalSpec:
+    """Of a layer, or a head, that keeps everything."""
+    return RetrievalSpec(
+        block_size=block_size, num_kv_heads=1, head_size=16, dtype=torch.float32
     )
 
 

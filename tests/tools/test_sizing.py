@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.helpers.engine import core, sink_engine
+from tests.helpers.heads_reference import random_heads
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
@@ -143,6 +144,52 @@ def test_command(model_path, capsys):
     assert result["dense"]["decoding"]["blocks"] == 1024
     assert result["dense"]["growth_bytes"] > result["sink"]["growth_bytes"] == 0
     assert result["sink"]["decoding"]["requests"] == pytest.approx(36.4, abs=0.05)
+
+
+def test_startup_figure_of_an_engine_with_heads(model_path):
+    """Padding, groups and blocks of heads of two kinds are those that vLLM makes."""
+    from transformers import AutoConfig
+
+    heads = random_heads(23)
+    with sink_engine(
+        model_path, 4, 500, retrieval=dict(heads=heads), max_num_batched_tokens=256
+    ) as llm:
+        config = llm.llm_engine.vllm_config
+        cache = core(llm).scheduler.kv_cache_config
+        expected = get_max_concurrency_for_kv_cache_config(config, cache)
+        # Groups overlay each other in one allocation.
+        (pool_bytes,) = {tensor.size for tensor in cache.kv_cache_tensors}
+    shape = sizing.read_shape(AutoConfig.from_pretrained(model_path), "float32")
+    memory = sizing.heads_memory(
+        shape,
+        SinkConfig(4, 500, retrieval_heads=heads),
+        tensor_parallel_size=1,
+        block_size=config.cache_config.block_size,
+    )
+    assert memory.grouping.num_groups == len(cache.kv_cache_groups) == 4
+    assert pool_bytes == cache.num_blocks * memory.pool_block_bytes
+    blocks = memory.blocks(4096, config.max_in_flight_tokens)
+    assert cache.num_blocks / blocks == pytest.approx(expected)
+
+
+def test_command_with_heads(model_path, capsys, tmp_path):
+    pattern = tmp_path / "heads.tsv"
+    pattern.write_text("1\t0.5\t0\n" * 30)
+    options = "--max-model-len 8010 --block-size 128 --memory 2GiB --window-size 252"
+    arguments = ["size", "--model", model_path, *options.split()]
+    heads = ["--retrieval-heads", str(pattern), "--retrieval-fraction", "0.5"]
+    assert cli.main([*arguments, *heads]) == 0
+    out = capsys.readouterr().out
+    assert "sink 4+252, 45 of 90 heads all" in out
+    assert "decoding\t63 blocks, 354.4 MiB\t67 blocks, 188.4 MiB" in out
+    assert cli.main([*arguments, *heads, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["retrieval_heads"] == 45
+    assert result["sink"]["growth_bytes"] * 2 == result["dense"]["growth_bytes"]
+    assert cli.main([*arguments, *heads, "--retrieval-window-size", "1020"]) == 0
+    out = capsys.readouterr().out
+    assert "45 of 90 heads 4+1020" in out
+    assert "all decoding\t5.8\t" in out
 
 
 def test_document_holds_the_calculators_numbers():

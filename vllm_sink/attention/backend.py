@@ -6,7 +6,6 @@ what both share.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,7 @@ from vllm_sink.attention.base import (
     measure_loaded_model,
 )
 from vllm_sink.cache import heads
-from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
 
 
 def serves_in_triton() -> bool:
@@ -177,10 +176,10 @@ class SinkRetrievalBackend(SinkBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         measure_loaded_model()
         config = engine_config()
-        if config.retrieval_policy is None:
-            return spec
-        window = config.retrieval_policy.window_size
-        return SinkSpec.from_full(spec, replace(config, window_size=window))
+        assert type(spec) is FullAttentionSpec, spec
+        if config.retrieval_window_size is None:
+            return RetrievalSpec.from_full(spec)
+        return SinkSpec.from_full(spec, config, config.retrieval_window_size)
 
 
 def give_heads(parent: torch.nn.Module, name: str, child: Any) -> None:

@@ -49,6 +49,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
 from vllm_sink.attention.rotation_exact import trained_length
 from vllm_sink.attention.rotation_measure import measure_rotations
+from vllm_sink.cache import start_line
 from vllm_sink.cache.heads import HeadCache, HeadGroup, HeadGroups, Padding
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
@@ -163,6 +164,9 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.group = self.groups.register(heads)
             self.layers.update({head.owner.layer_name: head.owner for head in real})
         self.block_size = kv_cache_spec.block_size
+        if config.has_retrieval:
+            trained = trained_length(vllm_config.model_config)
+            start_line.tell_once(vllm_config, config, kv_cache_spec, trained)
         # id of a rotary table -> the rotation, for tables that turns need.
         self.rotations: dict[int, Rotation] = {}
         if isinstance(kv_cache_spec, SinkSpec):

@@ -25,24 +25,27 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_sink.cache.metrics import metrics
+from vllm_sink.cache.counted import CountedBlocks, RetrievalManager
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.layout import cdiv
 
 logger = init_logger("vllm.plugins.sink")
 
 
-class SinkManager(SlidingWindowManager):
+class SinkManager(CountedBlocks, SlidingWindowManager):
     """Blocks of the layers under the sink policy (one KV cache group)."""
 
     def __init__(self, kv_cache_spec: SinkSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.policy = kv_cache_spec.policy
         self.num_sink_blocks = self.policy.num_sink_blocks(self.block_size)
-        self.metrics = metrics()
+        if kv_cache_spec.is_retrieval:
+            self.gauge = RetrievalManager.gauge
         self._log_policy(kv_cache_spec)
 
     def _log_policy(self, spec: SinkSpec) -> None:
+        if spec.shares_pool:
+            return  # cache.start_line tells of all kinds of heads at once
         usable = self.block_pool.num_gpu_blocks - 1  # less the null block
         cap = self.max_admission_blocks_per_request
         assert cap is not None, "vLLM caps every subclass of SlidingWindowSpec"
@@ -123,7 +126,7 @@ class SinkManager(SlidingWindowManager):
         if self.metrics and held:
             self.metrics.add("vllm:sink_prefix_hits", 1)
             self.metrics.add("vllm:sink_prefix_hit_tokens", num_local_computed_tokens)
-            self._count_live(blocks, references=0, sign=1)
+            self.count_live(blocks, references=0, sign=1)
         if self.enable_caching:
             self.block_pool.touch(held)
         else:
@@ -158,36 +161,7 @@ class SinkManager(SlidingWindowManager):
         self._remove_blocks_in_range(request_id, first, last)
         if self.metrics and (freed := self.block_pool.get_num_free_blocks() - free):
             self.metrics.add("vllm:sink_evicted_blocks", freed)
-            self.metrics.add("vllm:sink_live_blocks", -freed)
-
-    # -- metrics ------------------------------------------------------------
-
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
-        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if self.metrics and new:
-            start = len(self.req_to_blocks[request_id]) - len(new)
-            sinks = max(min(self.num_sink_blocks - start, len(new)), 0)
-            self.metrics.add("vllm:sink_live_blocks", len(new))
-            self.metrics.add("vllm:sink_pinned_blocks", sinks)
-        return new
-
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        blocks = super().pop_blocks_for_free(request_id)
-        if self.metrics:
-            self._count_live(blocks, references=1, sign=-1)
-        return blocks
-
-    def _count_live(
-        self, row: Sequence[KVCacheBlock], *, references: int, sign: int
-    ) -> None:
-        """Count those of a row's blocks that nobody else holds."""
-        assert self.metrics is not None
-        own = [not b.is_null and b.ref_cnt == references for b in row]
-        self.metrics.add("vllm:sink_live_blocks", sign * sum(own))
-        sinks = sum(own[: self.num_sink_blocks])
-        self.metrics.add("vllm:sink_pinned_blocks", sign * sinks)
+            self.metrics.add(self.gauge, -freed)
 
     # -- prefix cache -------------------------------------------------------
 

@@ -43,8 +43,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_sink.policy.grouping import Grouping, choose_grouping
-from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.grouping import Grouping, choose_grouping, heads_of_workers
+from vllm_sink.policy.head_map import HeadMap
 
 
 @dataclass(eq=False)
@@ -167,7 +167,10 @@ def add_companions(
     layer.attn_backend = backend_of(is_retrieval[0])
     if heads.is_uniform:
         return
-    rank, counts = _counts(vllm_config, heads)
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    rank, counts = heads_of_workers(
+        heads, num_ranks, get_tensor_model_parallel_rank() if num_ranks > 1 else 0
+    )
     first = next((c for c in context.values() if isinstance(c, HeadCache)), None)
     groups = first.groups if first else HeadGroups(choose_grouping(counts.values()))
     mine = rank if heads.splits_layers else range(0)
@@ -222,23 +225,3 @@ def refuse_layer(layer: Attention, index: int, heads: HeadMap) -> None:
                 f"the map can't describe, got {layer.layer_name} with {reason}; leave "
                 "sink.retrieval_heads and sink.retrieval_layers out"
             )
-
-
-def _counts(
-    vllm_config: VllmConfig, heads: HeadMap
-) -> tuple[range, dict[range, tuple[int, int]]]:
-    """This rank's heads, and (retrieval, streaming) of all ranks' heads.
-
-    Layers are counted instead of heads where no layer is split.
-    """
-    parallel = vllm_config.parallel_config
-    num_ranks = parallel.tensor_parallel_size
-    rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
-    ranges = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
-    if not heads.splits_layers:
-        ranges = [range(1)]
-    counts = {}
-    for held in ranges:
-        retrieval = heads.count(held)
-        counts[held] = retrieval, heads.num_layers * len(held) - retrieval
-    return ranges[min(rank, len(ranges) - 1)], counts

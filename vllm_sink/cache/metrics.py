@@ -26,7 +26,9 @@ COUNTERS = {
     "vllm:sink_prefix_hit_tokens": "Tokens that those requests did not compute.",
 }
 GAUGES = {
-    "vllm:sink_live_blocks": "Blocks that requests hold, shared ones once.",
+    "vllm:sink_live_blocks": "Blocks that requests hold, shared ones once; with "
+    "retrieval heads those of the others.",
+    "vllm:sink_retrieval_blocks": "Blocks that requests hold for retrieval heads.",
     "vllm:sink_pinned_blocks": "Sink blocks among them: never evicted.",
 }
 

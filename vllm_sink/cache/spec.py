@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -26,14 +26,29 @@ class SinkSpec(SlidingWindowSpec):
         sliding_window: W, tokens, the query's own included (inherited).
         sink_positions: Carried for the engine core's log line; the block
             manager does not depend on it.
+        shares_pool: Other heads of the model are in the same pool, so what these
+            hold doesn't tell how many requests fit.
+        is_retrieval: These are retrieval heads with a window of their own.
     """
 
     num_sink_tokens: int
     sink_positions: SinkPositions = "cache"
+    shares_pool: bool = False
+    is_retrieval: bool = False
 
     @classmethod
-    def from_full(cls, spec: FullAttentionSpec, config: SinkConfig) -> SinkSpec:
-        """The sink spec of a layer that would have had full attention."""
+    def from_full(
+        cls,
+        spec: FullAttentionSpec,
+        config: SinkConfig,
+        window_size: int | None = None,
+    ) -> SinkSpec:
+        """The sink spec of a layer that would have had full attention.
+
+        Args:
+            window_size: W of retrieval heads; None for the policy's.
+        """
+        heads = config.head_map
         return cls(
             block_size=spec.block_size,
             dcp_sharded=spec.dcp_sharded,
@@ -47,9 +62,11 @@ class SinkSpec(SlidingWindowSpec):
             num_head_slots=spec.num_head_slots,
             state_content_bytes=spec.state_content_bytes,
             tokens_per_state=spec.tokens_per_state,
-            sliding_window=config.window_size,
+            sliding_window=window_size or config.window_size,
             num_sink_tokens=config.num_sink_tokens,
             sink_positions=config.sink_positions,
+            shares_pool=heads is not None and not heads.is_uniform,
+            is_retrieval=window_size is not None,
         )
 
     @property
@@ -86,3 +103,12 @@ class SinkSpec(SlidingWindowSpec):
             isinstance(spec, SinkSpec) and spec.policy == self.policy
             for spec in kv_cache_specs.values()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSpec(FullAttentionSpec):
+    """Full attention of retrieval heads: vLLM's own, but for its counted manager."""
+
+    @classmethod
+    def from_full(cls, spec: FullAttentionSpec) -> RetrievalSpec:
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})

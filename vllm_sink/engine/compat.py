@@ -94,18 +94,23 @@ def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
 
 
 def register_kv_cache_spec() -> None:
-    """Tell vLLM which manager a :class:`SinkSpec` needs; idempotent.
+    """Tell vLLM which manager our specs need; idempotent.
 
     vLLM's registry fills itself with the built-in specs only while it is
     empty: registering ours first would hide them all.
     """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from vllm_sink.cache.block_manager import SinkManager
-    from vllm_sink.cache.spec import SinkSpec
+    from vllm_sink.cache.counted import RetrievalManager
+    from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
+    KVCacheSpecRegistry.register(
+        RetrievalSpec, RetrievalManager, uniform_type_base_spec=FullAttentionSpec
+    )
 
 
 def register_variable(name: str) -> None:

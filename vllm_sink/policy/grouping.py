@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_sink.policy.layout import cdiv
+from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.layout import RetentionPolicy, cdiv
 
 # Groups cost the scheduler and the planning of a step time, each its own.
 MAX_GROUPS = 8
@@ -82,3 +83,63 @@ def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
             option.num_groups,
         ),
     )
+
+
+def heads_of_workers(
+    heads: HeadMap, num_ranks: int, rank: int
+) -> tuple[range, dict[range, tuple[int, int]]]:
+    """A rank's heads, and (retrieval, streaming) of every rank's heads, all layers.
+
+    Layers are counted instead of heads where no layer is split.
+    """
+    ranges = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
+    if not heads.splits_layers:
+        ranges = [range(1)]
+    counts = {}
+    for held in ranges:
+        retrieval = heads.count(held)
+        counts[held] = retrieval, heads.num_layers * len(held) - retrieval
+    return ranges[rank % len(ranges)], counts
+
+
+@dataclass(frozen=True)
+class RequestMemory:
+    """What one request holds on a worker whose heads are of two kinds.
+
+    Args:
+        grouping: The worker's groups.
+        num_heads: Its heads (or layers, where no layer is split), padding excepted.
+        head_bytes: Bytes of a block's tokens in one of them.
+        block_size: Tokens a block.
+        streaming: The streaming heads' policy.
+        retrieval: The retrieval heads'; None keeps everything.
+    """
+
+    grouping: Grouping
+    num_heads: int
+    head_bytes: int
+    block_size: int
+    streaming: RetentionPolicy
+    retrieval: RetentionPolicy | None = None
+
+    @property
+    def pool_block_bytes(self) -> int:
+        """Bytes of one block of the pool."""
+        return self.grouping.size * self.head_bytes
+
+    def blocks(self, num_tokens: int, in_flight_tokens: int = 1) -> int:
+        """Most pool blocks of a request of ``num_tokens``, prompt and answer."""
+
+        def held(policy: RetentionPolicy | None) -> int:
+            if policy is None:
+                return cdiv(num_tokens, self.block_size)
+            return policy.max_blocks(in_flight_tokens, num_tokens, self.block_size)
+
+        return self.grouping.request_blocks(held(self.retrieval), held(self.streaming))
+
+    def bytes(self, num_tokens: int, in_flight_tokens: int = 1) -> int:
+        return self.pool_block_bytes * self.blocks(num_tokens, in_flight_tokens)
+
+    def dense_bytes(self, num_tokens: int) -> int:
+        """Of stock attention, in its own groups."""
+        return self.num_heads * self.head_bytes * cdiv(num_tokens, self.block_size)

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
+from vllm_sink.policy.resolve import model_shape
 from vllm_sink.tools.cli import print_json
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -227,6 +229,59 @@ def measure(
     return result
 
 
+def measure_heads(
+    heads: RequestMemory, *, memory: int, num_tokens: int, batched_tokens: int
+) -> dict[str, Any]:
+    """As :func:`measure`, where KV heads are of two kinds."""
+    streams = heads.retrieval is None or num_tokens <= heads.retrieval.budget
+    growing = heads.grouping.num_retrieval if streams else 0
+    if num_tokens <= heads.streaming.budget:
+        growing += heads.grouping.num_streaming
+    growth = growing * heads.pool_block_bytes // heads.block_size
+    result: dict[str, Any] = {"growth_bytes": growth}
+    for name, in_flight in (
+        ("decoding", 1),
+        ("prefilling", CONCURRENT_BATCHES * batched_tokens),
+    ):
+        blocks = heads.blocks(num_tokens, in_flight)
+        result[name] = {
+            "blocks": blocks,
+            "bytes": blocks * heads.pool_block_bytes,
+            "requests": memory // heads.pool_block_bytes / blocks,
+        }
+    return result
+
+
+def heads_memory(
+    shape: CacheShape, config: SinkConfig, tensor_parallel_size: int, block_size: int
+) -> RequestMemory:
+    """What a request holds on the GPU with the most retrieval heads.
+
+    Args:
+        config: Resolved, with heads of both kinds.
+    """
+    heads = config.head_map
+    assert heads is not None and not heads.is_uniform, heads
+    if shape.num_sliding_layers:
+        raise ValueError(
+            "retrieval_heads must be left out for a model with layers that have "
+            f"windows of their own, got {shape.num_sliding_layers} of them; leave "
+            "--retrieval-heads out"
+        )
+    held, counts = heads_of_workers(heads, tensor_parallel_size, 0)
+    head_bytes = block_size * shape.layer_bytes_per_token
+    if heads.splits_layers:
+        head_bytes //= shape.num_kv_heads
+    return RequestMemory(
+        grouping=choose_grouping(counts.values()),
+        num_heads=sum(counts[held]),
+        head_bytes=head_bytes,
+        block_size=block_size,
+        streaming=config.policy,
+        retrieval=config.retrieval_policy,
+    )
+
+
 def rows(
     shape: CacheShape,
     both: tuple[dict[str, Any], dict[str, Any]],
@@ -272,6 +327,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=_positive, help="default: the trained length")
     add("--num-sink-tokens", type=int, default=SinkConfig.num_sink_tokens)
     add("--window-size", type=int, default=SinkConfig.window_size)
+    add("--retrieval-heads", metavar="FILE", help="pattern of heads that keep more")
+    add("--retrieval-fraction", type=float, help="how many of them; 0 to 1")
+    add("--retrieval-window-size", type=int, help="their window; default: everything")
     add("--block-size", type=_positive, default=16, help="16 on GPUs, 128 on CPUs")
     add("--dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
     add("--tensor-parallel-size", type=_positive, default=1)
@@ -280,7 +338,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or the numbers."""
-    policy = SinkConfig(args.num_sink_tokens, args.window_size).policy
+    settings = SinkConfig(
+        args.num_sink_tokens,
+        args.window_size,
+        retrieval_heads=args.retrieval_heads,
+        retrieval_fraction=args.retrieval_fraction,
+        retrieval_window_size=args.retrieval_window_size,
+    )
+    policy = settings.policy
 
     from transformers import AutoConfig
 
@@ -293,14 +358,27 @@ def run(args: argparse.Namespace) -> int:
             f"max_model_len must be at least 1, got {num_tokens} in the model's "
             "configuration; pass --max-model-len"
         )
-    settings = {
+    request = {
         "memory": args.memory,
         "num_tokens": num_tokens,
         "batched_tokens": args.max_num_batched_tokens,
-        "block_size": args.block_size,
     }
-    dense = measure(shape, None, **settings)
-    sink = measure(shape, policy, **settings)
+    dense = measure(shape, None, **request, block_size=args.block_size)
+    sink = measure(shape, policy, **request, block_size=args.block_size)
+    header = f"sink {policy.num_sink_tokens}+{policy.window_size}"
+    heads = settings.resolved(model_shape(config)).head_map
+    if heads is not None and heads.num_retrieval_heads:
+        kept = settings.retrieval_policy
+        kind = "all" if kept is None else f"{kept.num_sink_tokens}+{kept.window_size}"
+        header += f", {heads.num_retrieval_heads} of {heads.num_heads} heads {kind}"
+        if heads.is_uniform:
+            sink = measure(shape, kept, **request, block_size=args.block_size)
+        else:
+            resolved = settings.resolved(model_shape(config))
+            memory = heads_memory(
+                shape, resolved, args.tensor_parallel_size, args.block_size
+            )
+            sink = measure_heads(memory, **request)
     if args.json:
         print_json(
             {
@@ -308,7 +386,9 @@ def run(args: argparse.Namespace) -> int:
                 "policy": asdict(policy),
                 "cache": asdict(shape),
                 "tensor_parallel_size": args.tensor_parallel_size,
-                **settings,
+                **request,
+                "block_size": args.block_size,
+                "retrieval_heads": heads and heads.num_retrieval_heads,
                 "bytes_per_token": shape.bytes_per_token,
                 "dense": dense,
                 "sink": sink,
@@ -326,8 +406,8 @@ def run(args: argparse.Namespace) -> int:
         f"{args.tensor_parallel_size} GPU(s) {shape.num_kv_heads} KV heads of "
         f"{shape.head_size}, {shape.bytes_per_value} bytes a value"
     )
-    header = ("", "dense", f"sink {policy.num_sink_tokens}+{policy.window_size}")
-    print_table(title, header, rows(shape, (dense, sink), args.memory, num_tokens))
+    lines = rows(shape, (dense, sink), args.memory, num_tokens)
+    print_table(title, ("", "dense", header), lines)
     return 0
 
 

@@ -1,0 +1,113 @@
+"""Heads of two policies over several processes: ranks with different heads, Ray, a
+server that was given a pattern file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.engine import prompt_logprobs, sink_engine
+from tests.helpers.heads_reference import random_heads
+from tests.helpers.random_llama import save_llama
+from tests.helpers.server import post, serve
+
+SINKS, WINDOW = 4, 60
+OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
+# 3 layers x 6 KV heads; two workers hold 7 and 3 retrieval heads, three 5, 2 and 3.
+HEADS = [[1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    shape = {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 192}
+    folder = tmp_path_factory.mktemp("llama")
+    # 576: three workers share the vocabulary.
+    return save_llama(folder, intermediate_size=384, vocab_size=576, **shape)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(0, 512, (length,), generator=generator).tolist()
+        for length in (5 * WINDOW, 3 * WINDOW, 10)
+    ]
+
+
+def score(llama, prompts, **options) -> list[torch.Tensor]:
+    with sink_engine(
+        llama, SINKS, WINDOW, retrieval=dict(heads=HEADS), **OPTIONS, **options
+    ) as llm:
+        specs = llm.collective_rpc("get_kv_cache_spec")
+        # Equal numbers of each kind on every rank, padding included.
+        kinds = [
+            sorted(type(spec).__name__ for spec in worker.values()) for worker in specs
+        ]
+        assert all(kind == kinds[0] for kind in kinds)
+        return prompt_logprobs(llm, prompts)
+
+
+@pytest.fixture(scope="module")
+def one_process(llama, prompts) -> list[torch.Tensor]:
+    return score(llama, prompts)
+
+
+def check_same(found, expected) -> None:
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_tensor_parallel_equals_one_process(
+    llama, prompts, one_process, workers, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    found = score(
+        llama,
+        prompts,
+        tensor_parallel_size=workers,
+        distributed_executor_backend="mp",
+    )
+    check_same(found, one_process)
+
+
+def test_ray_workers_equal_one_process(
+    llama, prompts, one_process, monkeypatch, tmp_path
+):
+    """They are given values: the pattern file is gone when they start."""
+    pytest.importorskip("ray", reason="needs the extra: pip install 'vllm-sink[ray]'")
+    from tests.helpers.ray_nodes import earlier_cluster
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with earlier_cluster(monkeypatch, tmp_path, num_cpus=3):
+        found = score(
+            llama,
+            prompts,
+            tensor_parallel_size=3,
+            distributed_executor_backend="ray",
+        )
+    check_same(found, one_process)
+
+
+def test_a_server_with_a_pattern_file(model_path, tmp_path):
+    pattern = tmp_path / "heads.tsv"
+    scores = np.array(random_heads(45), dtype=float) * 0.5
+    np.savetxt(pattern, scores, delimiter="\t")
+    section = {"retrieval_heads": str(pattern), "retrieval_fraction": 0.5}
+    section |= {"num_sink_tokens": 4, "window_size": 252}
+    log = tmp_path / "log"
+    flags = ("--additional-config", json.dumps({"sink": section}))
+    with serve(model_path, log, *flags) as url:
+        pattern.unlink()
+        body = post(
+            url,
+            "/v1/completions",
+            prompt="The capital of France is",
+            max_tokens=8,
+            temperature=0,
+        )
+        assert "Paris" in json.load(body)["choices"][0]["text"]
+    line = "Retrieval heads: 45 of 90 KV heads keep everything, the others 4 + 252"
+    assert line in log.read_text()

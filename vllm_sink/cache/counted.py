@@ -1,0 +1,79 @@
+"""Block managers that tell ``/metrics`` how many blocks requests hold, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+
+from vllm_sink.cache.metrics import metrics
+
+
+class CountedBlocks(SingleTypeKVCacheManager):
+    """Counts the blocks that it gives and takes; a mix-in.
+
+    Attributes:
+        gauge: Name of the metric of this kind of heads.
+        num_sink_blocks: The first blocks of a row, counted apart; 0 has none.
+    """
+
+    gauge = "vllm:sink_live_blocks"
+    num_sink_blocks = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = metrics()
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.metrics and new:
+            start = len(self.req_to_blocks[request_id]) - len(new)
+            sinks = max(min(self.num_sink_blocks - start, len(new)), 0)
+            self.metrics.add(self.gauge, len(new))
+            self.metrics.add("vllm:sink_pinned_blocks", sinks)
+        return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        if self.metrics:
+            self.count_live(blocks, references=1, sign=-1)
+        return blocks
+
+    def count_live(
+        self, row: Sequence[KVCacheBlock], *, references: int, sign: int
+    ) -> None:
+        """Count those of a row's blocks that nobody else holds."""
+        assert self.metrics is not None
+        own = [not b.is_null and b.ref_cnt == references for b in row]
+        self.metrics.add(self.gauge, sign * sum(own))
+        sinks = sum(own[: self.num_sink_blocks])
+        self.metrics.add("vllm:sink_pinned_blocks", sign * sinks)
+
+
+class RetrievalManager(CountedBlocks, FullAttentionManager):
+    """vLLM's manager of full attention, counted: heads that keep everything."""
+
+    gauge = "vllm:sink_retrieval_blocks"
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        if self.metrics:
+            self.count_live(new_computed_blocks, references=0, sign=1)
+        super().add_local_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+        )
