@@ -2,6 +2,7 @@
 server that was given a pattern file."""
 
 import json
+import urllib.request
 
 import numpy as np
 import pytest
@@ -109,5 +110,8 @@ def test_a_server_with_a_pattern_file(model_path, tmp_path):
             temperature=0,
         )
         assert "Paris" in json.load(body)["choices"][0]["text"]
+        metrics = urllib.request.urlopen(url + "/metrics", timeout=30).read().decode()
+        for kind in ("live", "retrieval"):
+            assert f"\nvllm:sink_{kind}_blocks 0.0" in metrics
     line = "Retrieval heads: 45 of 90 KV heads keep everything, the others 4 + 252"
     assert line in log.read_text()
