@@ -1,0 +1,221 @@
+"""The zoo: tiny random models, one or more for each architecture."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+VOCABULARY = 512
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Args:
+        name: Shown in the tests and in docs/models.md.
+        kind: Hugging Face's model_type.
+        used_by: Real models.
+        config: Changes to BASE.
+        refused: By mode, what the start says where it is refused.
+        notes: What else holds.
+    """
+
+    name: str
+    kind: str
+    used_by: str
+    config: dict = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+
+def rope(kind: str, **more) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+SLIDE = ["sliding_attention", "full_attention"] * 2
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=128)
+LONG = {
+    "original_max_position_embeddings": 128,
+    "head_dim": 32,
+    **rope(
+        "longrope",
+        factor=4.0,
+        original_max_position_embeddings=128,
+        short_factor=[1.0 + 0.02 * i for i in range(16)],
+        long_factor=[1.5 + 0.4 * i for i in range(16)],
+    ),
+}
+
+ZOO = [
+    Entry("Llama", "llama", "Llama 2, SmolLM2, Yi, DeepSeek LLM"),
+    Entry(
+        "Llama, llama3 scaling",
+        "llama",
+        "Llama 3.1 to 3.3",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    Entry("Llama, linear", "llama", "Vicuna 16k", rope("linear", factor=4.0)),
+    Entry("Llama, YaRN", "llama", "Yarn-Llama-2", YARN),
+    Entry("Mistral", "mistral", "Mistral 7B v0.2 on", {"sliding_window": None}),
+    Entry("Mixtral", "mixtral", "Mixtral 8x7B", {**MOE, "sliding_window": None}),
+    Entry("Qwen 2", "qwen2", "Qwen2, Qwen2.5"),
+    Entry("Qwen 3", "qwen3", "Qwen3", {"head_dim": 64}),
+    Entry(
+        "Qwen 3 MoE",
+        "qwen3_moe",
+        "Qwen3-30B-A3B",
+        {**MOE, "head_dim": 32, "moe_intermediate_size": 64},
+    ),
+    Entry("Gemma", "gemma", "Gemma", {"head_dim": 32}),
+    Entry(
+        "Gemma 2",
+        "gemma2",
+        "Gemma 2",
+        {
+            "head_dim": 32,
+            "sliding_window": 40,
+            "layer_types": SLIDE,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 32,
+        },
+        notes="own windows kept",
+    ),
+    Entry(
+        "Gemma 3",
+        "gemma3_text",
+        "Gemma 3",
+        {
+            "head_dim": 32,
+            "sliding_window": 40,
+            "layer_types": SLIDE,
+            "query_pre_attn_scalar": 32,
+        },
+        notes="own windows kept",
+    ),
+    Entry(
+        "Gemma 4",
+        "gemma4_text",
+        "Gemma 4",
+        {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 40,
+            "layer_types": SLIDE,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 512,
+        },
+        notes="own windows kept",
+    ),
+    Entry("Phi-3", "phi3", "Phi-3, Phi-4", {"sliding_window": None}),
+    Entry("Phi-3, LongRoPE", "phi3", "Phi-3 128k", {**LONG, "sliding_window": None}),
+    Entry("Phi", "phi", "Phi-1.5, Phi-2"),
+    Entry("OLMo", "olmo", "OLMo"),
+    Entry("OLMo 2", "olmo2", "OLMo 2"),
+    Entry(
+        "OLMo 3",
+        "olmo3",
+        "OLMo 3",
+        {"sliding_window": 40, "layer_types": SLIDE},
+        notes="own windows kept",
+    ),
+    Entry("Granite", "granite", "Granite 3, 4", {"attention_multiplier": 0.2}),
+    Entry("Cohere", "cohere", "Command R", {"tie_word_embeddings": True}),
+    Entry("GLM-4", "glm4", "GLM-4-0414", {"head_dim": 32}),
+    Entry("GLM", "glm", "GLM-4-9B", {"head_dim": 32}),
+    Entry("StarCoder 2", "starcoder2", "StarCoder2", {"sliding_window": None}),
+    Entry("StableLM", "stablelm", "StableLM 2"),
+    Entry(
+        "gpt-oss",
+        "gpt_oss",
+        "gpt-oss",
+        {
+            **MOE,
+            "head_dim": 32,
+            "sliding_window": 40,
+            "layer_types": SLIDE,
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=128,
+                truncate=False,
+                beta_fast=32.0,
+                beta_slow=1.0,
+            ),
+        },
+        notes="own windows kept; sink logits",
+    ),
+    Entry(
+        "SmolLM3",
+        "smollm3",
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1, 0]},
+        notes="some layers not rotated",
+    ),
+    Entry(
+        "EXAONE 4",
+        "exaone4",
+        "EXAONE 4",
+        {"sliding_window": 40, "layer_types": SLIDE, "sliding_window_pattern": 2},
+        notes="own windows kept; full layers not rotated",
+    ),
+    Entry("Seed-OSS", "seed_oss", "Seed-OSS", {"head_dim": 32}),
+    Entry("ERNIE 4.5", "ernie4_5", "ERNIE 4.5", {"head_dim": 32}),
+    Entry(
+        "Hunyuan",
+        "hunyuan_v1_dense",
+        "Hunyuan dense",
+        {"head_dim": 32},
+        refused={"cache": "explained by no table"},
+        notes="scales each dimension after the rotation",
+    ),
+    Entry("Apertus", "apertus", "Apertus"),
+    Entry("Arcee", "arcee", "AFM-4.5B", {"head_dim": 32}),
+    Entry("Nemotron", "nemotron", "Minitron, Nemotron 4"),
+]
+
+
+def save(entry: Entry, folder) -> str:
+    """Write the model; its one-dimensional weights are not left at ones and zeros."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[entry.kind](**{**BASE, **entry.config})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and parameter.numel() > 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    register(config.architectures or model.config.architectures)
+    return str(folder)
+
+
+def register(architectures: list[str]) -> None:
+    """Import vLLM's class here: else each costs a process that imports vLLM."""
+    from vllm import ModelRegistry
+
+    for name in architectures:
+        lazy = ModelRegistry.models.get(name)
+        if lazy is not None and hasattr(lazy, "module_name"):
+            ModelRegistry.register_model(name, lazy.load_model_cls())

@@ -1,0 +1,139 @@
+"""Every architecture of the zoo, against Hugging Face's own forward of it.
+
+docs/models.md is written from what these tests found:
+``VLLM_SINK_WRITE_DOCS=1 pytest tests/zoo``.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
+from tests.zoo.models import VOCABULARY, ZOO, save
+from tests.zoo.reference import load, logprobs
+
+SINKS, WINDOW, LENGTH = 4, 60, 300
+TOLERANCE = 2e-3
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+# Both modes of every architecture; else `absolute`, which knows nothing of rotations,
+# for some.
+WHOLE = "VLLM_SINK_WHOLE_ZOO" in os.environ
+IN_BOTH = {"Llama", "Mixtral", "Gemma 3", "OLMo 2", "GLM"}
+# The zoo can run in parts that write what they found into one file.
+FOUND = os.environ.get("VLLM_SINK_ZOO_FOUND")
+# name -> implementation and what was found, by mode
+outcomes: dict[str, dict[str, str]] = {}
+
+
+def tokens_of() -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, VOCABULARY, (LENGTH,), generator=generator).tolist()
+
+
+class Reference:
+    """The log-probabilities of one model.
+
+    All are computed here, before an engine starts: vLLM's Transformers backend
+    changes Hugging Face's class of the model, for all of its instances.
+    """
+
+    def __init__(self, path: str, tokens: list[int]) -> None:
+        model = load(path)
+        self.want = {
+            "cache": logprobs(model, tokens, SINKS, WINDOW, "cache"),
+            "absolute": logprobs(model, tokens, SINKS, WINDOW, "absolute"),
+            "dense": logprobs(model, tokens, SINKS, LENGTH, "absolute"),
+        }
+
+    def check(self, got: torch.Tensor, positions: str) -> None:
+        assert (got - self.want[positions]).abs().max() < TOLERANCE
+        dense = (got - self.want["dense"]).abs().max()
+        assert dense > 20 * TOLERANCE, "no policy to be seen"
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_architecture(entry, tmp_path):
+    """Chunked, past S + W, in both modes; or refused, and why."""
+    path = save(entry, tmp_path)
+    tokens = tokens_of()
+    reference = Reference(path, tokens)
+    found = {"implementation": "-"}
+    some = WHOLE or entry.refused or entry.name in IN_BOTH
+    for positions in ("cache", "absolute") if some else ("cache",):
+        refused = entry.refused.get(positions)
+        settings = {
+            "positions": positions,
+            "max_model_len": 512,
+            "max_num_batched_tokens": 96,
+            "max_num_seqs": 4,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+        }
+        if refused is not None:
+            with (
+                pytest.raises(Exception, match=refused.replace("…", ".*")),
+                sink_engine(path, SINKS, WINDOW, **settings),
+            ):
+                pass
+            found[positions] = f"refused: {refused}"
+            continue
+        with sink_engine(path, SINKS, WINDOW, **settings) as llm:
+            found["implementation"] = server_of(model_runner(llm).get_model())
+            got = prompt_logprobs(llm, [tokens])[0]
+        reference.check(got, positions)
+        found[positions] = "exact"
+    outcomes[entry.name] = found
+    if FOUND:
+        with open(FOUND, "a") as file:
+            file.write(json.dumps([entry.name, found]) + "\n")
+
+
+def server_of(model: torch.nn.Module) -> str:
+    is_generic = type(model).__name__.startswith("Transformers")
+    return "Transformers backend" if is_generic else "vLLM"
+
+
+def test_docs_say_what_was_found():
+    if FOUND:
+        with open(FOUND) as file:
+            for line in file:
+                name, found = json.loads(line)
+                outcomes.setdefault(name, {}).update(found)
+    if set(outcomes) != {entry.name for entry in ZOO}:
+        pytest.skip("only some architectures ran")
+    text = DOCS.read_text()
+    table = re.compile(r"(?<=<!-- zoo -->\n).*(?=<!-- /zoo -->)", re.S)
+    page = table.sub(lambda match: render(match.group()), text)
+    if os.environ.get("VLLM_SINK_WRITE_DOCS"):
+        DOCS.write_text(page)
+    assert DOCS.read_text() == page
+
+
+def render(before: str) -> str:
+    """The table; what did not run this time is as it was ``before``."""
+    earlier = {
+        cells[1]: cells
+        for cells in (row.split(" | ") for row in before.splitlines())
+        if len(cells) > 5
+    }
+    rows = [
+        "| architecture | models | implementation | `cache` | `absolute` | notes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in ZOO:
+        found = outcomes[entry.name]
+        known = earlier.get(entry.used_by, ["not run"] * 6)
+        cells = (
+            f"{entry.name} (`{entry.kind}`)",
+            entry.used_by,
+            found["implementation"],
+            found["cache"],
+            found.get("absolute", known[4]),
+            entry.notes,
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
