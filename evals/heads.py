@@ -97,7 +97,7 @@ ENGINE_POLICIES = (
     *(f"sink:4+252:{positions}" for positions in ("cache", "absolute")),
     *(
         f"heads:FILE@{share}:4+252:{positions}"
-        for share in (0.1, 0.25, 0.5)
+        for share in (0.25, 0.5)
         for positions in ("cache", "absolute")
     ),
 )
