@@ -85,7 +85,7 @@ def needles_by_memory(csv_path: Path, png_path: Path) -> None:
     rows = read(csv_path)
     lengths = sorted({int(row["length"]) for row in rows})
     figure, panels = plt.subplots(
-        1, len(lengths), figsize=(3.3 * len(lengths), 3.5), sharey=True, squeeze=False
+        1, len(lengths), figsize=(3.8 * len(lengths), 3.5), sharey=True, squeeze=False
     )
     for axes, length in zip(panels[0], lengths, strict=True):
         here = [row for row in rows if int(row["length"]) == length]
@@ -103,17 +103,25 @@ def needles_by_memory(csv_path: Path, png_path: Path) -> None:
             if name == "found":
                 for point in zip(x, y, shares, strict=True):
                     text = "streaming" if point[2] == 0 else f"{point[2]:.0%}"
-                    axes.annotate(
-                        text, point[:2], (3, -11), textcoords="offset points", size=7
-                    )
+                    place = {"textcoords": "offset points", "ha": "right", "size": 7}
+                    axes.annotate(text, point[:2], (-4, 5), **place)
         axes.set(xlim=(0, 1.05), ylim=(-0.05, 1.1), title=f"{length:,} tokens")
         axes.set_xlabel("KV memory / full attention's")
         axes.grid(**GRID)
     panels[0][0].set_ylabel("needles found / full attention's")
     handles, labels = panels[0][0].get_legend_handles_labels()
     labels = [label.replace("layers heads", "layers") for label in labels]
-    panels[0][-1].legend(handles, labels, fontsize=8, loc="lower right")
-    save(figure, png_path)
+    figure.tight_layout()
+    figure.legend(
+        handles,
+        labels,
+        fontsize=8,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+    )
+    figure.savefig(png_path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def perplexity_by_fraction(csv_path: Path, png_path: Path) -> None:

@@ -21,7 +21,7 @@ from vllm_sink.tools.heads.scores import Scores
 
 MARGIN = 0.1  # nats a token of the answer
 HITS_KEPT = 0.8
-FRACTIONS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.6, 0.75)
+FRACTIONS = (0.0, 0.1, 0.2, 0.25, 0.33, 0.5, 0.75)
 LEAST_HITS = 0.25  # of the needles: below it full attention can't do the task
 
 
