@@ -1,0 +1,88 @@
+"""``evals.reproduce heads``: how heads are chosen, and rows that survive a stop."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
+
+from evals import heads, plots, reproduce
+from vllm_sink.tools.heads.attention import Layers
+from vllm_sink.tools.heads.scores import Scores
+
+RESULTS = Path(__file__).parents[2] / "evals" / "results"
+
+
+@pytest.fixture
+def found() -> Scores:
+    """Eight layers of three heads; layer 5 has the best three."""
+    value = torch.arange(24).view(8, 3).flip(0) / 100.0
+    value[5] = torch.tensor([0.9, 0.8, 0.7])
+    return Scores(value, {}, Layers(8, 3, tuple(range(8))))
+
+
+def test_baselines_have_as_many_heads(found):
+    for how, share, kept in heads.choices(found):
+        if kept is None:
+            assert (how, share) == ("found", 1.0)
+            continue
+        assert int(kept.sum()) == int(share * 24 + 0.5)
+        assert how != "whole layers" or set(kept.sum(1).tolist()) <= {0, 3}
+    assert heads.best_layers(found, 0.25).sum(1).nonzero().flatten().tolist() == [0, 5]
+    random, other = (heads.random_heads(found, 0.5, seed) for seed in (0, 1))
+    assert torch.equal(random, heads.random_heads(found, 0.5, 0))
+    assert not torch.equal(random, other)
+
+
+def test_memory_share():
+    assert heads.kv_share(1.0, 2048) == 1
+    assert heads.kv_share(0.0, 2048) == 0.125
+    assert heads.kv_share(0.25, 2048) == pytest.approx(0.34375)
+    assert heads.kv_share(0.25, 100) == 1
+
+
+def test_a_row_is_measured_once(tmp_path):
+    path = tmp_path / "rows.csv"
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"hits": len(calls)}
+
+    for fraction in (0.25, 0.5):
+        heads.Rows(path).add({"fraction": fraction}, measure)
+    again = heads.Rows(path)
+    again.add({"fraction": 0.25}, measure)
+    assert len(calls) == 2
+    assert [row["hits"] for row in again.rows] == ["1", "2"]
+
+
+@pytest.mark.parametrize("what", ["heads", "heads_ppl"])
+def test_pictures_come_from_the_committed_numbers(tmp_path, what):
+    picture = tmp_path / "picture.png"
+    reproduce.HEADS[what][1](RESULTS / f"{what}.csv", picture)
+    assert picture.stat().st_size > 5000
+
+
+def test_committed_needles_are_at_least_a_hundred_a_cell():
+    rows = plots.read(RESULTS / "heads.csv")
+    assert min(int(row["num_needles"]) for row in rows) >= 100
+    for length in {row["length"] for row in rows}:
+        here = {
+            (r["heads"], float(r["fraction"])): int(r["hits"]) / int(r["num_needles"])
+            for r in rows
+            if r["length"] == length
+        }
+        full = here["found", 1.0]
+        assert full > 0.5, "full attention can do it"
+        assert here["found", 0.0] <= 0.05
+        assert here["found", 0.25] >= 0.7 * full
+
+
+def test_committed_scores_are_stable():
+    with (RESULTS / "heads_stability.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert min(float(row["rank_correlation"]) for row in rows) >= 0.95
