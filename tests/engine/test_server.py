@@ -12,9 +12,10 @@ from tests.helpers.server import post, serve
 
 @pytest.fixture(scope="module")
 def server(model_path, tmp_path_factory):
-    """Base URL of a server that was given the flag and nothing of the policy."""
+    """Base URL of a server whose window is short enough to leave it soon."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serve(model_path, log) as url:
+    policy = {"sink": {"num_sink_tokens": 4, "window_size": 1024}}
+    with serve(model_path, log, "--additional-config", json.dumps(policy)) as url:
         yield url, log
 
 
@@ -28,8 +29,8 @@ def answer(url: str, prompt, max_tokens: int = 8) -> str:
 def test_log_states_the_policy(server):
     _, log = server
     assert (
-        "Sink policy: num_sink_tokens=4 window_size=1024 sink_positions=cache "
-        "block_size=128" in log.read_text()
+        "Sink policy: each token sees the first 4 and the last 1,024 tokens; a "
+        "request takes at most" in log.read_text()
     )
 
 

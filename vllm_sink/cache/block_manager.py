@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_sink.cache.counted import CountedBlocks, RetrievalManager
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.layout import cdiv
+from vllm_sink.policy.words import start_line
 
 logger = init_logger("vllm.plugins.sink")
 
@@ -44,23 +45,21 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
         self._log_policy(kv_cache_spec)
 
     def _log_policy(self, spec: SinkSpec) -> None:
+        self.start_line: str | None = None
         if spec.shares_pool:
             return  # cache.start_line tells of all kinds of heads at once
-        usable = self.block_pool.num_gpu_blocks - 1  # less the null block
         cap = self.max_admission_blocks_per_request
         assert cap is not None, "vLLM caps every subclass of SlidingWindowSpec"
-        logger.info(
-            "Sink policy: num_sink_tokens=%d window_size=%d sink_positions=%s "
-            "block_size=%d; a request holds at most %d blocks, so %d requests of "
-            "any length fit the pool of %d blocks.",
-            spec.num_sink_tokens,
-            spec.sliding_window,
-            spec.sink_positions,
-            self.block_size,
-            cap,
-            usable // cap,
-            usable,
+        self.start_line = start_line(
+            spec.policy,
+            sink_positions=spec.sink_positions,
+            max_model_len=spec.asked_max_model_len,
+            max_blocks=cap,
+            pool_blocks=self.block_pool.num_gpu_blocks - 1,  # less the null block
+            block_size=self.block_size,
+            block_bytes=spec.num_layers * spec.page_size_bytes,
         )
+        logger.info("%s", self.start_line)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Length of the skipped *head*: none, the sinks stay.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -12,6 +13,9 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_sink.policy.config import SinkConfig, SinkPositions
 from vllm_sink.policy.layout import RetentionPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +28,32 @@ class SinkSpec(SlidingWindowSpec):
     Args:
         num_sink_tokens: S, tokens.
         sliding_window: W, tokens, the query's own included (inherited).
-        sink_positions: Carried for the engine core's log line; the block
-            manager does not depend on it.
+        sink_positions: Carried for the engine core's log line, as the last two; the
+            block manager does not depend on them.
         shares_pool: Other heads of the model are in the same pool, so what these
             hold doesn't tell how many requests fit.
         is_retrieval: These are retrieval heads with a window of their own.
+        num_layers: Layers that share the group's block table, once vLLM has merged
+            their specs into the group's. 0 where it didn't: layers whose pages
+            differ in size keep their specs, and the manager gets any one of them.
+        asked_max_model_len: vLLM's last question about a request's blocks was for
+            this length. Nothing else tells the engine core's manager, and
+            ``--max-model-len -1`` is settled after the layers' specs are made.
     """
 
     num_sink_tokens: int
     sink_positions: SinkPositions = "cache"
     shares_pool: bool = False
     is_retrieval: bool = False
+    num_layers: int = field(default=0, compare=False)
+    asked_max_model_len: int = field(default=0, compare=False)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """vLLM's, with the layers counted; a merged spec may be merged again."""
+        merged = super().merge(specs)  # an AssertionError tells vLLM: not one group
+        count = sum(spec.num_layers or 1 for spec in specs)
+        return replace(merged, num_layers=count)
 
     @classmethod
     def from_full(
@@ -92,6 +111,8 @@ class SinkSpec(SlidingWindowSpec):
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """Most blocks a request holds; see :meth:`RetentionPolicy.max_blocks`."""
+        # Frozen, but for what is no part of the spec's identity.
+        object.__setattr__(self, "asked_max_model_len", max_model_len)
         return self.policy.max_blocks(
             max_in_flight_tokens, max_model_len, self.block_size
         )

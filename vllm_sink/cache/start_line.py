@@ -26,11 +26,31 @@ def tell_once(
         trained: The model's trained length, tokens; 0 if unknown.
     """
     global _told_of
-    heads = config.head_map
     is_known = _told_of is not None and _told_of() is vllm_config
-    if heads is None or not heads.num_retrieval_heads or is_known:
+    line = retrieval_line(vllm_config, config, spec.page_size_bytes)
+    if line is None or is_known:
         return
     _told_of = weakref.ref(vllm_config)
+    max_model_len = vllm_config.model_config.max_model_len
+    logger.info("%s", line)
+    if config.retrieval_policy is None and 0 < trained < max_model_len:
+        logger.warning(
+            "max_model_len %d is beyond the trained length %d, and retrieval heads "
+            "see true distances; set sink.retrieval_window_size to at most %d to "
+            "keep them within it.",
+            max_model_len,
+            trained,
+            trained - config.num_sink_tokens,
+        )
+
+
+def retrieval_line(
+    vllm_config: VllmConfig, config: SinkConfig, page_bytes: int
+) -> str | None:
+    """What the start says of the heads; None where none is a retrieval head."""
+    heads = config.head_map
+    if heads is None or not heads.num_retrieval_heads:
+        return None
     max_model_len = vllm_config.model_config.max_model_len
     what = "everything"
     if config.retrieval_policy is not None:
@@ -40,7 +60,7 @@ def tell_once(
         f"keep {what}"
     )
     if not heads.is_uniform:
-        memory = request_memory(vllm_config, config, spec.page_size_bytes)
+        memory = request_memory(vllm_config, config, page_bytes)
         lengths = sorted({n for n in (4096, 32768) if n < max_model_len})
         sizes = [
             f"{memory.bytes(n) / 2**20:.1f} MiB at {n:,} tokens "
@@ -52,16 +72,7 @@ def tell_once(
             f"holds {', '.join(sizes)} on this worker, in "
             f"{memory.grouping.num_groups} groups"
         )
-    logger.info("%s.", line)
-    if config.retrieval_policy is None and 0 < trained < max_model_len:
-        logger.warning(
-            "max_model_len %d is beyond the trained length %d, and retrieval heads "
-            "see true distances; set sink.retrieval_window_size to at most %d to "
-            "keep them within it.",
-            max_model_len,
-            trained,
-            trained - config.num_sink_tokens,
-        )
+    return line + "."
 
 
 def request_memory(

@@ -1,6 +1,6 @@
 """The ``sink`` section of vLLM's ``additional_config``.
 
-``--additional-config '{"sink": {"num_sink_tokens": 4, "window_size": 1024}}'``
+``--additional-config '{"sink": {"num_sink_tokens": 4, "window_size": 4092}}'``
 on the command line, the same dict as ``LLM(additional_config=...)``. vLLM
 carries ``additional_config`` to every process, Ray workers included, which
 environment variables don't reach. Whether an engine can honour them is asked in
@@ -52,7 +52,7 @@ class SinkConfig:
     """
 
     num_sink_tokens: int = 4
-    window_size: int = 1024
+    window_size: int = 4092
     sink_positions: SinkPositions = "cache"
     retrieval_heads: Any = None
     retrieval_fraction: float | None = None

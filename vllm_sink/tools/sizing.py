@@ -19,6 +19,7 @@ from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
 from vllm_sink.policy.resolve import model_shape
+from vllm_sink.policy.words import format_bytes
 from vllm_sink.tools.cli import print_json
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -187,15 +188,6 @@ def parse_memory(text: str) -> int:
             f"{text!r}; write for example 16GiB"
         )
     return int(float(match[1]) * MEMORY_UNITS[match[2].upper()])
-
-
-def format_bytes(size: float) -> str:
-    """``size`` in bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
 
 
 def measure(
