@@ -21,7 +21,7 @@ def test_help_shows_an_example(name, capsys):
         cli.main([name, "--help"])
     out = capsys.readouterr().out
     assert done.value.code == 0
-    assert f"\nexample: vllm-sink {name} --" in out
+    assert f"\nexample: vllm-sink {name} " in out
     assert "--json" in out
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
@@ -31,14 +31,34 @@ def warn_if_unsupported() -> None:
     import vllm
 
     version = str(vllm.__version__)
-    match = re.match(r"(\d+\.\d+)", version)
-    if match is None or match.group(1) not in SUPPORTED_VLLM:
+    if not is_supported(version):
         warnings.warn(
             f"vllm-sink supports vLLM {' and '.join(SUPPORTED_VLLM)}, got "
             f"{version}; without --attention-backend sink nothing changes, with it "
             "install a supported version",
             stacklevel=2,
         )
+
+
+def is_supported(version: str) -> bool:
+    """Whether a version of vLLM is one that this package was written for."""
+    match = re.match(r"(\d+\.\d+)", version)
+    return match is not None and match.group(1) in SUPPORTED_VLLM
+
+
+def parse_serve_arguments(model: str, flags: list[str]) -> Any:
+    """What ``vllm serve MODEL flags`` makes of its command line.
+
+    Exits as ``vllm serve`` does where it can't read it.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm-sink check")
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    arguments = parser.parse_args(["serve", model, *flags])
+    arguments.model = model
+    return arguments
 
 
 def register_backend_member() -> AttentionBackendEnum:

@@ -25,6 +25,7 @@ TOOLS: dict[str, tuple[str, str]] = {
     "size": ("sizing", "the KV cache of a request and how many fit, dense and sink"),
     "analyze": ("analyze", "where a model's attention goes, and the S it needs"),
     "heads": ("find_heads", "a model's retrieval heads, and how many it needs"),
+    "check": ("check", "what a start would do with a policy, without reading weights"),
 }
 
 
