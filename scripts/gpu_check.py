@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from vllm_sink_kernels import reference  # noqa: E402
+from vllm_sink_kernels.triton import launch_config  # noqa: E402
 from vllm_sink_kernels.triton.cache_write import write_kv_cache  # noqa: E402
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape  # noqa: E402
 from vllm_sink_kernels.triton.prefill import sink_prefill  # noqa: E402
@@ -335,7 +336,8 @@ def time_kernels(quick):
         kw = {"scale": d**-0.5, "num_sink_tokens": sinks, "window_size": window}
         kw["cos_sin_cache"] = rope_table(n, d, dtype)
         out = torch.empty_like(q)
-        space = torch.empty(workspace_shape(batch, hq, d, sinks, window), device=DEVICE)
+        cores = launch_config.num_cores(q.device)
+        space = torch.empty(workspace_shape(hq, d, hkv, cores), device=DEVICE)
         shape = f"batch {batch}, {sinks}+{window}, {hq}/{hkv} heads, d {d}, bf16"
         num_bytes = 2 * batch * (sinks + window) * hkv * d * 2
         add(

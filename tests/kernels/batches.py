@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm_sink_kernels import reference
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
-from vllm_sink_kernels.triton.launch_config import LaunchConfig
+from vllm_sink_kernels.triton.launch_config import INTERPRETER_CORES, LaunchConfig
 from vllm_sink_kernels.triton.prefill import sink_prefill
 
 NAN = float("nan")
@@ -76,7 +76,7 @@ class Batch:
         kw = self.kw | kw
         num_heads, head_size = self.q.shape[-2:]
         shape = workspace_shape(
-            len(self.q), num_heads, head_size, kw["num_sink_tokens"], kw["window_size"]
+            num_heads, head_size, self.k_cache.shape[2], INTERPRETER_CORES
         )
         return sink_decode(
             self.q,

@@ -5,8 +5,14 @@ import re
 import pytest
 import torch
 from batches import make_batch
-from vllm_sink_kernels.triton import cache_write, decode, launch_config, prefill
-from vllm_sink_kernels.triton.launch_config import Row
+from vllm_sink_kernels.triton import (
+    cache_write,
+    decode,
+    launch_config,
+    merge,
+    prefill,
+)
+from vllm_sink_kernels.triton.launch_config import INTERPRETER_CORES, Row
 
 BAD = [
     ({"window_size": 0}, "window_size must be >= 1, got 0; "),
@@ -60,7 +66,7 @@ def test_bad_arguments_of_one_launcher():
         decode.sink_decode(*common, at[:1], rows, out, **b.kw)
     with pytest.raises(ValueError, match="query_requests must be int32"):
         decode.sink_decode(*common, at, rows.long(), out, **b.kw)
-    with pytest.raises(ValueError, match=r"workspace must be .* at least 1560 elem"):
+    with pytest.raises(ValueError, match=r"workspace must be .* at least 2080 elem"):
         decode.sink_decode(*common, at, rows, out, workspace=torch.empty(9), **b.kw)
     with pytest.raises(ValueError, match="out must be float32"):
         decode.sink_decode(*common, at, rows, out.half(), **b.kw)
@@ -102,7 +108,7 @@ def test_launch_arguments_are_the_kernels_own(monkeypatch, window):
 
     for module, name in (
         (decode, "sink_decode_kernel"),
-        (decode, "merge_splits_kernel"),
+        (merge, "merge_splits_kernel"),
         (prefill, "sink_prefill_kernel"),
         (cache_write, "write_kv_cache_kernel"),
     ):
@@ -118,7 +124,9 @@ def test_launch_arguments_are_the_kernels_own(monkeypatch, window):
         )
         grids.append(list(seen))
     assert grids[0] == grids[1]
-    assert grids[0][0] == (2, 2, launch_config.num_splits(4, window))
+    splits = launch_config.num_splits(2, (4 + window,) * 2, INTERPRETER_CORES)
+    assert grids[0][0] == (2, 2, splits)
+    assert (splits > 1) == (window == 600)
 
 
 def test_launchers_do_not_read_device_memory(monkeypatch):
@@ -184,6 +192,63 @@ def test_lookup_takes_the_first_row_that_fits():
     assert found(head_size=80) == c
     assert found("sm_90", 256) == a
     assert found("gfx1100") == b
-    assert found(head_size=80, dtype=torch.float32) == launch_config.FP32
+    assert found(head_size=80, dtype=torch.float32) == launch_config.FP32[0].config
     with pytest.raises(ValueError, match="head_size must be at most 256, got 264"):
         found(head_size=264)
+
+
+@pytest.mark.parametrize("cores", [8, 132, 304])
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        (1028,) * 8,
+        (4096,),
+        (64,) * 4,
+        (131072, 1028, 1028, 1028),
+        (1028,) * 7 + (9999,),
+    ],
+)
+def test_splits_follow_machine_batch_and_budget(cores, budgets):
+    """Every core has work if there is any, no more than twice what was asked for."""
+    busy_heads = sum(budgets) / max(budgets)
+    asked = launch_config.PROGRAMS_PER_CORE * cores
+    (elements,) = decode.workspace_shape(1, 1, busy_heads, cores)
+    before = launch_config.MAX_SPLITS
+    for tokens in range(1, 600):
+        splits = launch_config.num_splits(tokens, budgets, cores)
+        assert splits == 1 << (splits.bit_length() - 1) and splits <= before
+        before = splits
+        keys = max(budgets) / splits
+        assert splits == 1 or keys >= launch_config.KEYS_PER_SPLIT
+        programs = tokens * busy_heads * splits
+        more = 2 * splits <= min(
+            launch_config.MAX_SPLITS, max(budgets) // launch_config.KEYS_PER_SPLIT
+        )
+        assert programs >= asked or not more
+        if splits > 1:
+            assert programs < 2 * asked
+            assert tokens * splits * 2 <= elements  # one head of one dim, and its lse
+
+
+def test_the_workspace_is_a_few_megabytes():
+    """Llama-3.1-8B's heads on an H100; 541 MB once, for 64 heads and 1,024 requests."""
+    (elements,) = decode.workspace_shape(32, 128, 8, 132)
+    assert elements * 4 == 1_089_792
+    (elements,) = decode.workspace_shape(64, 128, 1, 132)
+    assert elements * 4 < 18e6
+
+
+def test_rounding_alone_depends_on_the_batch():
+    """Twelve requests have fewer splits than one: the same, to a few ulp."""
+    batch = make_batch(window=1020, seq_lens=[1500], query_lens=[1])
+    alone = batch.decode()
+    many = 12
+    batch.q = batch.q.repeat(many, 1, 1)
+    batch.block_table = batch.block_table.repeat(many, 1)
+    batch.seq_lens, batch.query_lens = [1500] * many, [1] * many
+    splits = [
+        launch_config.num_splits(n, (1024,) * 2, INTERPRETER_CORES) for n in (1, many)
+    ]
+    assert splits == [8, 1]
+    eps = torch.finfo(torch.float32).eps
+    assert (batch.decode() - alone).abs().max() <= 8 * eps

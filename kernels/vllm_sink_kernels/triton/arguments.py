@@ -7,6 +7,7 @@ import torch
 
 from vllm_sink_kernels.triton import launch_config
 from vllm_sink_kernels.triton.checks import check_attention, pow2
+from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import LaunchConfig, Row
 
 
@@ -25,6 +26,7 @@ class Variant:
     sink_logits: bool
     k_scale_tensor: bool
     v_scale_tensor: bool
+    alignment: int = 0  # of the caches of a table of heads; 0: there is none
 
     @property
     def group(self) -> int:
@@ -44,6 +46,8 @@ class Variant:
             "SINK_LOGITS": self.sink_logits,
             "K_SCALE_TENSOR": self.k_scale_tensor,
             "V_SCALE_TENSOR": self.v_scale_tensor,
+            "HEADS": self.alignment > 0,
+            "ALIGNMENT": self.alignment,
             "BLOCK_D": pow2(self.head_size),
             "BLOCK_N": config.block_n,
         }
@@ -51,7 +55,11 @@ class Variant:
 
 @dataclass
 class AttentionArgs:
-    """The arguments of ``reference.sink_attention`` that describe a layer."""
+    """The arguments of ``reference.sink_attention`` that describe a layer.
+
+    ``heads`` gives each KV head its own cache, block table, S and W: those here are
+    then not used, and the caches and the block table are those of any one head.
+    """
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -67,14 +75,19 @@ class AttentionArgs:
     sink_logits: torch.Tensor | None
     k_scale: float | torch.Tensor
     v_scale: float | torch.Tensor
+    heads: HeadTable | None = None
 
     def __post_init__(self) -> None:
+        if self.heads is not None:
+            self.num_sink_tokens = self.heads.max_sink_tokens
+            self.window_size = max(self.heads.budgets) - self.num_sink_tokens
         check_attention(
             self.q,
             self.k_cache,
             self.v_cache,
             self.block_table,
             self.out,
+            num_kv_heads=self.num_kv_heads,
             num_sink_tokens=self.num_sink_tokens,
             window_size=self.window_size,
             cos_sin_cache=self.cos_sin_cache,
@@ -86,10 +99,23 @@ class AttentionArgs:
         if self.num_sink_tokens == 0:  # nothing to turn for
             self.cos_sin_cache = None
 
+    @property
+    def num_kv_heads(self) -> int:
+        if self.heads is None:
+            return self.k_cache.shape[2]
+        return self.heads.num_kv_heads
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """S + W of each KV head."""
+        if self.heads is None:
+            return (self.num_sink_tokens + self.window_size,) * self.num_kv_heads
+        return self.heads.budgets
+
     def variant(self) -> Variant:
         return Variant(
             num_heads=self.q.shape[1],
-            num_kv_heads=self.k_cache.shape[2],
+            num_kv_heads=self.num_kv_heads,
             head_size=self.q.shape[2],
             block_size=self.k_cache.shape[1],
             rot_dim=0 if self.cos_sin_cache is None else self.cos_sin_cache.shape[1],
@@ -99,6 +125,7 @@ class AttentionArgs:
             sink_logits=self.sink_logits is not None,
             k_scale_tensor=isinstance(self.k_scale, torch.Tensor),
             v_scale_tensor=isinstance(self.v_scale, torch.Tensor),
+            alignment=0 if self.heads is None else self.heads.alignment,
         )
 
     def config(self, table: dict[str, list[Row]]) -> LaunchConfig:
@@ -106,25 +133,31 @@ class AttentionArgs:
             table,
             launch_config.target_of(self.q.device),
             head_size=self.q.shape[2],
-            group=self.q.shape[1] // self.k_cache.shape[2],
-            budget=self.num_sink_tokens + self.window_size,
+            group=self.q.shape[1] // self.num_kv_heads,
+            budget=max(self.budgets),
             dtype=self.q.dtype,
         )
 
-    def runtime(self, kernel: Any) -> dict[str, Any]:
-        """Those run-time arguments that ``kernel`` names.
-
-        Pointers that a variant does not read get the address of ``q``.
-        """
-        cs, logits = self.cos_sin_cache, self.sink_logits
-        values = {
+    def pointers(self) -> dict[str, torch.Tensor]:
+        """The tensors of a step; those that a variant does not read are any."""
+        return {
             "q_ptr": self.q,
             "k_ptr": self.k_cache,
             "v_ptr": self.v_cache,
             "block_table_ptr": self.block_table,
-            "cs_ptr": self.q if cs is None else cs,
-            "sink_logits_ptr": self.q if logits is None else logits,
+            "heads_ptr": self.block_table if self.heads is None else self.heads.rows,
             "out_ptr": self.out,
+        }
+
+    def fixed(self) -> dict[str, Any]:
+        """Run-time arguments that stay as long as shapes and strides do.
+
+        They outlive the step: a pointer that is not read is the cache, not ``q``.
+        """
+        cs, logits = self.cos_sin_cache, self.sink_logits
+        return {
+            "cs_ptr": self.k_cache if cs is None else cs,
+            "sink_logits_ptr": self.k_cache if logits is None else logits,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
             "scale": self.scale,
@@ -145,4 +178,3 @@ class AttentionArgs:
             "stride_ot": self.out.stride(0),
             "stride_oh": self.out.stride(1),
         }
-        return {k: v for k, v in values.items() if k in kernel.arg_names}

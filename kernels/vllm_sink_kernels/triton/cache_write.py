@@ -20,7 +20,14 @@ from vllm_sink_kernels.triton.checks import (
     require_dtype,
     require_shape,
 )
-from vllm_sink_kernels.triton.primitives import load_scale
+from vllm_sink_kernels.triton.head_table import HeadTable
+from vllm_sink_kernels.triton.primitives import (
+    HEAD_COLUMNS,
+    K_COLUMN,
+    SLOTS_COLUMN,
+    V_COLUMN,
+    load_scale,
+)
 
 MAX_TILE = 4096  # elements of K a program moves
 
@@ -36,9 +43,10 @@ def quantize(b_x, scale, dtype: tl.constexpr, FP8_MAX: tl.constexpr):
 def write_kv_cache_kernel(
     k_ptr,  # [T, HKV, D]
     v_ptr,
-    k_cache_ptr,  # [B, N, HKV, D]
+    k_cache_ptr,  # [B, N, HKV, D]; if HEADS, any head's: its dtype counts
     v_cache_ptr,
     slots_ptr,  # int64 [T]
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
     k_scale,
     v_scale,
     stride_kt,
@@ -57,29 +65,129 @@ def write_kv_cache_kernel(
     FP8_MAX: tl.constexpr,  # 0: the cache has the dtype of k
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
+    HEADS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
-    i_slot = tl.load(slots_ptr + i_t)
-    if i_slot < 0:
-        return
-    i_block = i_slot // BLOCK_SIZE
-    i_n = i_slot % BLOCK_SIZE
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_h < NUM_KV_HEADS
+    if HEADS:
+        p_row = heads_ptr + o_h * HEAD_COLUMNS
+        p_slots = tl.load(p_row + SLOTS_COLUMN, mask=m_h, other=0).to(slots_ptr.dtype)
+        b_slot = tl.load(p_slots + i_t, mask=m_h, other=-1)
+        m_h = m_h & (b_slot >= 0)
+        p_k = tl.load(p_row + K_COLUMN, mask=m_h, other=0).to(k_cache_ptr.dtype)
+        p_v = tl.load(p_row + V_COLUMN, mask=m_h, other=0).to(v_cache_ptr.dtype)
+        p_k = tl.multiple_of(p_k, ALIGNMENT)
+        p_v = tl.multiple_of(p_v, ALIGNMENT)
+    else:
+        i_slot = tl.load(slots_ptr + i_t)
+        if i_slot < 0:
+            return
+        b_slot = tl.zeros([BLOCK_H], dtype=tl.int64) + i_slot
+        p_k = k_cache_ptr + o_h.to(tl.int64) * stride_kch
+        p_v = v_cache_ptr + o_h.to(tl.int64) * stride_vch
+    b_block = b_slot // BLOCK_SIZE
+    b_n = b_slot % BLOCK_SIZE
+    p_k = p_k + b_block * stride_kcb + b_n * stride_kcn
+    p_v = p_v + b_block * stride_vcb + b_n * stride_vcn
     o_d = tl.arange(0, BLOCK_D)
-    m = (o_h < NUM_KV_HEADS)[:, None] & (o_d < HEAD_SIZE)[None, :]
+    m = m_h[:, None] & (o_d < HEAD_SIZE)[None, :]
     o_h = o_h.to(tl.int64)[:, None]
     b_k = tl.load(k_ptr + i_t * stride_kt + o_h * stride_kh + o_d[None, :], mask=m)
     b_v = tl.load(v_ptr + i_t * stride_vt + o_h * stride_vh + o_d[None, :], mask=m)
-    p_k = k_cache_ptr + i_block * stride_kcb + i_n * stride_kcn
-    p_v = v_cache_ptr + i_block * stride_vcb + i_n * stride_vcn
     if FP8_MAX > 0:
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         b_k = quantize(b_k, load_scale(k_scale, K_SCALE_TENSOR), dtype, FP8_MAX)
         b_v = quantize(b_v, load_scale(v_scale, V_SCALE_TENSOR), dtype, FP8_MAX)
-    tl.store(p_k + o_h * stride_kch + o_d[None, :], b_k, mask=m)
-    tl.store(p_v + o_h * stride_vch + o_d[None, :], b_v, mask=m)
+    tl.store(p_k[:, None] + o_d[None, :], b_k, mask=m)
+    tl.store(p_v[:, None] + o_d[None, :], b_v, mask=m)
+
+
+class WriteLauncher:
+    """A layer's cache write with its arguments checked: what is left is the launch."""
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        heads: HeadTable | None = None,
+    ) -> None:
+        require_shape("k", k, "[T, HKV, D]", None, None, None)
+        require_dtype("k", k, *DTYPES)
+        require_shape("v", v, "[T, HKV, D]", *k.shape)
+        require_dtype("v", v, k.dtype)
+        num_kv_heads, head_size = k.shape[1:]
+        check_cache(k_cache, v_cache, head_size, k.dtype)
+        heads_of_cache = num_kv_heads
+        if heads is not None:
+            heads_of_cache = 1
+            require(
+                heads.num_kv_heads == num_kv_heads,
+                "heads",
+                f"a table of the {num_kv_heads} KV heads of k",
+                heads.num_kv_heads,
+                "pass the heads of this rank only",
+            )
+        require_shape(
+            "k_cache", k_cache, "[B, N, HKV, D]", None, None, heads_of_cache, head_size
+        )
+        require_contiguous_rows("k", k)
+        require_contiguous_rows("v", v)
+        check_scale("k_scale", k_scale)
+        check_scale("v_scale", v_scale)
+        check_device(k, v=v, k_cache=k_cache, v_cache=v_cache)
+        block_d = pow2(head_size)
+        block_h = min(int(triton.next_power_of_2(num_kv_heads)), MAX_TILE // block_d)
+        fp8 = k_cache.dtype in FP8_DTYPES
+        names: tuple[str, ...] = ("stride_kt", "stride_kh", "stride_vt", "stride_vh")
+        names += ("stride_kcb", "stride_kcn", "stride_kch")
+        names += ("stride_vcb", "stride_vcn", "stride_vch")
+        strides: tuple[int, ...] = (*k.stride()[:2], *v.stride()[:2])
+        strides += (*k_cache.stride()[:3], *v_cache.stride()[:3])
+        self.blocks_of_heads = triton.cdiv(num_kv_heads, block_h)
+        self.fixed = {
+            **dict(zip(names, strides, strict=True)),
+            "k_scale": 1.0 if k_scale is None else k_scale,
+            "v_scale": 1.0 if v_scale is None else v_scale,
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEAD_SIZE": head_size,
+            "BLOCK_SIZE": k_cache.shape[1],
+            "FP8_MAX": torch.finfo(k_cache.dtype).max if fp8 else 0.0,
+            "K_SCALE_TENSOR": isinstance(k_scale, torch.Tensor),
+            "V_SCALE_TENSOR": isinstance(v_scale, torch.Tensor),
+            "HEADS": heads is not None,
+            "ALIGNMENT": 0 if heads is None else heads.alignment,
+            "BLOCK_H": block_h,
+            "BLOCK_D": block_d,
+            "num_warps": 4,
+        }
+
+    def __call__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        heads_rows: torch.Tensor | None = None,
+    ) -> None:
+        """Launch; ``heads_rows`` are those of a table of heads."""
+        write_kv_cache_kernel[(slot_mapping.shape[0], self.blocks_of_heads)](
+            k_ptr=k,
+            v_ptr=v,
+            k_cache_ptr=k_cache,
+            v_cache_ptr=v_cache,
+            slots_ptr=slot_mapping,
+            heads_ptr=slot_mapping if heads_rows is None else heads_rows,
+            **self.fixed,
+        )
 
 
 def write_kv_cache(
@@ -90,6 +198,7 @@ def write_kv_cache(
     slot_mapping: torch.Tensor,
     k_scale: float | torch.Tensor | None = None,
     v_scale: float | torch.Tensor | None = None,
+    heads: HeadTable | None = None,
 ) -> None:
     """Write K and V of T tokens to their slots of the cache, in place.
 
@@ -100,18 +209,10 @@ def write_kv_cache(
         slot_mapping: int64 [T], ``block * N + offset``; negative ones are skipped.
         k_scale, v_scale: 1 if missing; a tensor of one element is read on the
             device. Without fp8 they must be missing or are not applied.
+        heads: cache and slot mapping of each KV head; of ``slot_mapping``, as of
+            any one head, only the length counts then.
     """
-    require_shape("k", k, "[T, HKV, D]", None, None, None)
-    require_dtype("k", k, *DTYPES)
-    require_shape("v", v, "[T, HKV, D]", *k.shape)
-    require_dtype("v", v, k.dtype)
-    num_kv_heads, head_size = k.shape[1:]
-    check_cache(k_cache, v_cache, head_size, k.dtype)
-    require_shape(
-        "k_cache", k_cache, "[B, N, HKV, D]", None, None, num_kv_heads, head_size
-    )
-    require_contiguous_rows("k", k)
-    require_contiguous_rows("v", v)
+    launch = WriteLauncher(k, v, k_cache, v_cache, k_scale, v_scale, heads)
     require_dtype("slot_mapping", slot_mapping, torch.int64)
     require(
         slot_mapping.dim() == 1
@@ -122,34 +223,7 @@ def write_kv_cache(
         f"{list(slot_mapping.shape)}, strides {list(slot_mapping.stride())}",
         "pass one slot a token",
     )
-    check_scale("k_scale", k_scale)
-    check_scale("v_scale", v_scale)
-    check_device(k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
-    if len(slot_mapping) == 0:
-        return
-    block_d = pow2(head_size)
-    block_h = min(int(triton.next_power_of_2(num_kv_heads)), MAX_TILE // block_d)
-    fp8 = k_cache.dtype in FP8_DTYPES
-    grid = (len(slot_mapping), triton.cdiv(num_kv_heads, block_h))
-    write_kv_cache_kernel[grid](
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        1.0 if k_scale is None else k_scale,
-        1.0 if v_scale is None else v_scale,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=k_cache.shape[1],
-        FP8_MAX=torch.finfo(k_cache.dtype).max if fp8 else 0.0,
-        K_SCALE_TENSOR=isinstance(k_scale, torch.Tensor),
-        V_SCALE_TENSOR=isinstance(v_scale, torch.Tensor),
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    check_device(k, slot_mapping=slot_mapping)
+    if len(slot_mapping) > 0:
+        rows = None if heads is None else heads.rows
+        launch(k, v, k_cache, v_cache, slot_mapping, rows)

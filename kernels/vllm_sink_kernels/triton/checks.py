@@ -96,6 +96,7 @@ def check_attention(
     block_table: torch.Tensor,
     out: torch.Tensor,
     *,
+    num_kv_heads: int,
     num_sink_tokens: int,
     window_size: int,
     cos_sin_cache: torch.Tensor | None,
@@ -117,7 +118,6 @@ def check_attention(
         "this model needs another backend",
     )
     check_cache(k_cache, v_cache, head_size, q.dtype)
-    num_kv_heads = k_cache.shape[2]
     require(
         num_kv_heads > 0 and num_heads % num_kv_heads == 0,
         "query heads of q",

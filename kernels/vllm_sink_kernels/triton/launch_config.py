@@ -13,14 +13,17 @@ ahead of time and fails on a spill, a stack frame or too much shared memory.
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 ANY = 1 << 31
-MAX_SPLITS = 16
-KEYS_PER_SPLIT = 256
+MAX_SPLITS = 64
+KEYS_PER_SPLIT = 128
+PROGRAMS_PER_CORE = 2  # of decode: what registers allow at head size 128
+INTERPRETER_CORES = 8  # a small machine, so that tests see several splits
 # Targets that tests and tables name; others fall back to their family.
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 HIP_TARGETS = ("gfx942", "gfx950")
@@ -53,12 +56,13 @@ class Row:
     config: LaunchConfig
 
 
+# Three stages load K and V two tiles ahead; fewer would wait for memory tile by tile.
 DECODE: dict[str, list[Row]] = {
     "cuda": [
         Row(64, 16, 1024, LaunchConfig(16, 64, 4, 3)),
         Row(64, ANY, ANY, LaunchConfig(16, 128, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 2)),
-        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 2)),
+        Row(128, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
     ],
     "sm_80": [
         Row(64, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
@@ -72,8 +76,9 @@ DECODE: dict[str, list[Row]] = {
         Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
     ],
     "hip": [
-        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 1)),
-        Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 1)),
+        Row(64, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 16, 4, 3)),
     ],
     "interpreter": [Row(256, ANY, ANY, LaunchConfig(16, 32, 1, 1))],
 }
@@ -82,22 +87,23 @@ DECODE["sm_100"] = DECODE["sm_90"]
 PREFILL: dict[str, list[Row]] = {
     "cuda": [
         Row(64, ANY, ANY, LaunchConfig(64, 64, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 2)),
-        Row(256, ANY, ANY, LaunchConfig(32, 32, 8, 1)),
+        Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(32, 32, 8, 3)),
     ],
     "sm_80": [
         Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
         Row(128, ANY, ANY, LaunchConfig(64, 64, 8, 3)),
-        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 2)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
     ],
     "sm_90": [
         Row(64, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
         Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
-        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 2)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
     ],
     "hip": [
-        Row(128, ANY, ANY, LaunchConfig(64, 64, 4, 1)),
-        Row(256, ANY, ANY, LaunchConfig(64, 32, 4, 1)),
+        Row(64, ANY, ANY, LaunchConfig(64, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(64, 32, 4, 3)),
+        Row(256, ANY, ANY, LaunchConfig(64, 16, 4, 3)),
     ],
     "interpreter": [Row(256, ANY, ANY, LaunchConfig(32, 32, 1, 1))],
 }
@@ -105,12 +111,34 @@ PREFILL["sm_100"] = PREFILL["sm_90"]
 
 # fp32 has no matrix instruction of its full precision on CUDA: small tiles, many
 # threads, whatever the target.
-FP32 = LaunchConfig(32, 16, 8, 1)
+FP32 = [
+    Row(128, ANY, ANY, LaunchConfig(32, 16, 8, 3)),
+    Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 3)),
+]
 
 
-def num_splits(num_sink_tokens: int, window_size: int) -> int:
-    """How many programs share one query of one KV head: S + W alone decides."""
-    return min(MAX_SPLITS, triton.cdiv(num_sink_tokens + window_size, KEYS_PER_SPLIT))
+@functools.cache
+def num_splits(num_tokens: int, budgets: tuple[int, ...], num_cores: int) -> int:
+    """How many programs share one query of one KV head: a power of two.
+
+    The machine, the (padded) batch and S + W decide, never a sequence length, so
+    the number is constant inside a captured graph. As many as give every core
+    ``PROGRAMS_PER_CORE``, none with less than ``KEYS_PER_SPLIT`` keys. A head that
+    keeps less than others counts by its share: its later splits end at once.
+
+    Args:
+        num_tokens: T, query tokens.
+        budgets: S + W of each KV head.
+        num_cores: multiprocessors of the device.
+    """
+    longest = max(budgets)
+    busy_heads = sum(budgets) / longest
+    wanted = math.ceil(PROGRAMS_PER_CORE * num_cores / (num_tokens * busy_heads))
+    most = min(MAX_SPLITS, max(1, longest // KEYS_PER_SPLIT))
+    splits = 1
+    while splits < wanted and 2 * splits <= most:
+        splits *= 2
+    return splits
 
 
 def lookup(
@@ -122,9 +150,12 @@ def lookup(
     budget: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> LaunchConfig:
-    """The first row that fits; fp32 queries take ``FP32`` on any GPU."""
+    """The first row that fits; fp32 queries take a row of ``FP32`` on any GPU."""
     family = "hip" if target.startswith("gfx") else "cuda"
-    for row in table.get(target, table[family]):
+    rows = table.get(target, table[family])
+    if dtype == torch.float32 and target != "interpreter":
+        rows = FP32
+    for row in rows:
         if head_size <= row.head_size and group <= row.group and budget <= row.budget:
             break
     else:
@@ -132,14 +163,22 @@ def lookup(
             f"head_size must be at most 256, got {head_size}; add a row to the "
             "table in launch_config.py"
         )
-    if dtype == torch.float32 and target != "interpreter":
-        return FP32
     return row.config
 
 
 def halve_keys(config: LaunchConfig) -> LaunchConfig:
     """For fp8 caches in decode: their conversion takes the registers of half a tile."""
-    return replace(config, block_n=max(32, config.block_n // 2))
+    return replace(config, block_n=max(16, config.block_n // 2))
+
+
+def num_cores(device: torch.device) -> int:
+    """Multiprocessors of the device (compute units on hip)."""
+    return INTERPRETER_CORES if INTERPRETED else _num_cores(device)
+
+
+@functools.cache
+def _num_cores(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def target_of(device: torch.device) -> str:

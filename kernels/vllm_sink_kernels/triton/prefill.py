@@ -24,6 +24,7 @@ from vllm_sink_kernels.triton.checks import (
     require_dtype,
     require_shape,
 )
+from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.primitives import (
     LOG2E,
@@ -32,6 +33,7 @@ from vllm_sink_kernels.triton.primitives import (
     WINDOW_MASK,
     attend_range,
     find_request,
+    load_head,
     load_scale,
     turn_query,
 )
@@ -40,18 +42,15 @@ from vllm_sink_kernels.triton.primitives import (
 # One binary for every batch: the number of requests and where the slices of a mixed
 # batch start must not select code, or serving would stop to compile.
 @triton.jit(
-    do_not_specialize=["num_requests"],
-    do_not_specialize_on_alignment=[
-        "block_table_ptr",
-        "query_start_ptr",
-        "seq_lens_ptr",
-    ],
+    do_not_specialize=["first_request", "first_token", "num_requests"],
+    do_not_specialize_on_alignment=["block_table_ptr", "query_start_ptr"],
 )
 def sink_prefill_kernel(
     q_ptr,  # [T, HQ, D]
     k_ptr,  # [B, N, HKV, D]
     v_ptr,
     block_table_ptr,  # int32 [R, max_blocks]
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
     query_start_ptr,  # int32 [R + 1]
     seq_lens_ptr,  # int32 [R]
     cs_ptr,  # [P, ROT]
@@ -61,6 +60,8 @@ def sink_prefill_kernel(
     v_scale,
     scale,
     soft_cap,
+    first_request,
+    first_token,
     num_requests,
     num_sink_tokens,
     window_size,
@@ -88,6 +89,8 @@ def sink_prefill_kernel(
     SINK_LOGITS: tl.constexpr,
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
+    HEADS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     TILE_Q: tl.constexpr,  # query tokens a tile
     BLOCK_M: tl.constexpr,  # its rows, at least TILE_Q * GROUP
     BLOCK_D: tl.constexpr,
@@ -95,10 +98,12 @@ def sink_prefill_kernel(
 ):
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1)
-    i_r = find_request(query_start_ptr, num_requests, i_tile, TILE_Q)
-    i_start = tl.load(query_start_ptr + i_r)
+    i_r, i_start = find_request(
+        query_start_ptr, first_request, num_requests, first_token, i_tile, TILE_Q
+    )
     query_len = tl.load(query_start_ptr + i_r + 1) - i_start
-    i_first = (i_tile - (i_start // TILE_Q + i_r)) * TILE_Q
+    i_first = i_tile - ((i_start - first_token) // TILE_Q + i_r - first_request)
+    i_first = i_first * TILE_Q
     if i_first >= query_len:
         return
     o_m = tl.arange(0, BLOCK_M)
@@ -114,12 +119,26 @@ def sink_prefill_kernel(
 
     o_t = (i_start + o_q).to(tl.int64)
     p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
-    p_table = block_table_ptr + tl.cast(i_r, tl.int64) * stride_table
-    p_k = k_ptr + i_h.to(tl.int64) * stride_kh
-    p_v = v_ptr + i_h.to(tl.int64) * stride_vh
+    p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
+        i_h,
+        heads_ptr,
+        k_ptr,
+        v_ptr,
+        block_table_ptr,
+        stride_kh,
+        stride_vh,
+        stride_table,
+        num_sink_tokens,
+        window_size,
+        HEADS,
+        ALIGNMENT,
+    )
+    p_table = p_table + tl.cast(i_r, tl.int64) * stride_table
+    cache = (p_table, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn)
     score_scale = scale * load_scale(k_scale, K_SCALE_TENSOR)
     if not SOFT_CAP:
         score_scale = score_scale * LOG2E
+    scores = (score_scale, soft_cap)
 
     p_bq = p_q[:, None] + o_d[None, :]
     b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_last")
@@ -131,6 +150,7 @@ def sink_prefill_kernel(
     else:
         b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    state = (b_acc, b_max, b_sum)
 
     if HAS_SINKS:
         if TURN:
@@ -152,25 +172,15 @@ def sink_prefill_kernel(
             ).to(b_q.dtype)
         k_end = tl.minimum(num_sink_tokens, last + 1)
         inner_end = tl.minimum(num_sink_tokens, first + 1) // BLOCK_N * BLOCK_N
-        b_acc, b_max, b_sum = attend_range(
+        state = attend_range(
+            state,
             b_q,
-            b_acc,
-            b_max,
-            b_sum,
+            b_pos,
             0,
             inner_end,
-            k_end,
-            b_pos,
             window_size,
-            p_table,
-            p_k,
-            p_v,
-            stride_kb,
-            stride_kn,
-            stride_vb,
-            stride_vn,
-            score_scale,
-            soft_cap,
+            cache,
+            scores,
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_N,
@@ -178,25 +188,15 @@ def sink_prefill_kernel(
             SOFT_CAP,
             NO_MASK,
         )
-        b_acc, b_max, b_sum = attend_range(
+        state = attend_range(
+            state,
             b_q,
-            b_acc,
-            b_max,
-            b_sum,
+            b_pos,
             inner_end,
             k_end,
-            k_end,
-            b_pos,
             window_size,
-            p_table,
-            p_k,
-            p_v,
-            stride_kb,
-            stride_kn,
-            stride_vb,
-            stride_vn,
-            score_scale,
-            soft_cap,
+            cache,
+            scores,
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_N,
@@ -218,25 +218,15 @@ def sink_prefill_kernel(
     inner_end = inner_start + inner_tiles * BLOCK_N
     for i_edge in tl.static_range(2):
         if i_edge == 1:
-            b_acc, b_max, b_sum = attend_range(
+            state = attend_range(
+                state,
                 b_q,
-                b_acc,
-                b_max,
-                b_sum,
+                b_pos,
                 inner_start,
                 inner_end,
-                last + 1,
-                b_pos,
                 window_size,
-                p_table,
-                p_k,
-                p_v,
-                stride_kb,
-                stride_kn,
-                stride_vb,
-                stride_vn,
-                score_scale,
-                soft_cap,
+                cache,
+                scores,
                 HEAD_SIZE,
                 BLOCK_D,
                 BLOCK_N,
@@ -244,25 +234,15 @@ def sink_prefill_kernel(
                 SOFT_CAP,
                 NO_MASK,
             )
-        b_acc, b_max, b_sum = attend_range(
+        state = attend_range(
+            state,
             b_q,
-            b_acc,
-            b_max,
-            b_sum,
+            b_pos,
             i_low if i_edge == 0 else inner_end,
             tl.minimum(inner_start, last + 1) if i_edge == 0 else last + 1,
-            last + 1,
-            b_pos,
             window_size,
-            p_table,
-            p_k,
-            p_v,
-            stride_kb,
-            stride_kn,
-            stride_vb,
-            stride_vn,
-            score_scale,
-            soft_cap,
+            cache,
+            scores,
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_N,
@@ -271,6 +251,7 @@ def sink_prefill_kernel(
             WINDOW_MASK,
         )
 
+    b_acc, b_max, b_sum = state
     b_inv = load_scale(v_scale, V_SCALE_TENSOR) / tl.where(b_sum == 0.0, 1.0, b_sum)
     p_o = out_ptr + o_t * stride_ot + o_h * stride_oh
     b_o = (b_acc * b_inv[:, None]).to(out_ptr.dtype.element_ty)
@@ -285,6 +266,44 @@ def kernel_constants(variant: Variant, config: LaunchConfig) -> dict[str, Any]:
         "TILE_Q": block_m // variant.group,
         "BLOCK_M": block_m,
     }
+
+
+class PrefillLauncher:
+    """A layer's prefill with its arguments checked: what is left is the launch."""
+
+    def __init__(self, args: AttentionArgs, config: LaunchConfig | None = None) -> None:
+        config = config or args.config(launch_config.PREFILL)
+        constants = kernel_constants(args.variant(), config)
+        self.num_kv_heads, self.tile_q = args.num_kv_heads, constants["TILE_Q"]
+        self.fixed = {
+            **args.fixed(),
+            **constants,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+    def __call__(
+        self,
+        pointers: dict[str, torch.Tensor],
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        num_tokens: int,
+        first_request: int = 0,
+        first_token: int = 0,
+    ) -> None:
+        """Launch; ``pointers`` as ``AttentionArgs.pointers`` names them."""
+        num_requests = seq_lens.shape[0]
+        # Each request may leave one tile part empty: the bound needs no device read.
+        tiles = (num_tokens - first_token) // self.tile_q + num_requests - first_request
+        sink_prefill_kernel[(tiles, self.num_kv_heads)](
+            **pointers,
+            query_start_ptr=query_start_loc,
+            seq_lens_ptr=seq_lens,
+            first_request=first_request,
+            first_token=first_token,
+            num_requests=num_requests,
+            **self.fixed,
+        )
 
 
 def sink_prefill(
@@ -306,6 +325,9 @@ def sink_prefill(
     sink_logits: torch.Tensor | None = None,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
+    heads: HeadTable | None = None,
+    first_request: int = 0,
+    first_token: int = 0,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Attention of the queries of R requests, each of any length, into ``out``.
@@ -321,6 +343,10 @@ def sink_prefill(
         max_query_len: the longest request's queries, or more; the host's number.
         out: [T, HQ, D], written in place and returned. Tokens from
             ``query_start_loc[R]`` on belong to nobody and stay as they are.
+        heads: caches, block tables, S and W of each KV head; the arguments of
+            those names are not used then (``heads.k_cache`` and the like will do).
+        first_request, first_token: earlier requests, and their tokens, are left
+            alone; the host's numbers, ``first_token = query_start_loc[first_request]``.
         config: tiles; the table's by default.
     """
     args = AttentionArgs(
@@ -338,6 +364,7 @@ def sink_prefill(
         sink_logits=sink_logits,
         k_scale=k_scale,
         v_scale=v_scale,
+        heads=heads,
     )
     num_requests = block_table.shape[0]
     require_shape("query_start_loc", query_start_loc, "[R + 1]", num_requests + 1)
@@ -353,20 +380,22 @@ def sink_prefill(
         "pass the longest query",
     )
     check_device(q, query_start_loc=query_start_loc, seq_lens=seq_lens)
+    require(
+        0 <= first_request <= num_requests and 0 <= first_token <= q.shape[0],
+        "first_request, first_token",
+        f"within the {num_requests} requests and {q.shape[0]} tokens",
+        (first_request, first_token),
+        "pass those that decode has served",
+    )
     num_tokens = q.shape[0]
-    if num_tokens == 0 or num_requests == 0 or max_query_len == 0:
+    if num_tokens == first_token or num_requests == first_request or not max_query_len:
         return out
-    config = config or args.config(launch_config.PREFILL)
-    constants = kernel_constants(args.variant(), config)
-    # Each request may leave one tile part empty: the bound needs no device read.
-    tiles = num_tokens // constants["TILE_Q"] + num_requests
-    sink_prefill_kernel[(tiles, k_cache.shape[2])](
-        query_start_ptr=query_start_loc,
-        seq_lens_ptr=seq_lens,
-        num_requests=num_requests,
-        **args.runtime(sink_prefill_kernel),
-        **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    PrefillLauncher(args, config)(
+        args.pointers(),
+        query_start_loc,
+        seq_lens,
+        num_tokens,
+        first_request,
+        first_token,
     )
     return out

@@ -15,6 +15,16 @@ KEY_MASK: tl.constexpr = tl.constexpr(1)  # rows agree: keys below k_end
 SINK_MASK: tl.constexpr = tl.constexpr(2)  # and k <= position of the row
 WINDOW_MASK: tl.constexpr = tl.constexpr(3)  # and position - k < W
 
+# A row of the table of heads: what a KV head has of its own.
+K_COLUMN: tl.constexpr = tl.constexpr(0)  # address of its K in block 0
+V_COLUMN: tl.constexpr = tl.constexpr(1)
+TABLE_COLUMN: tl.constexpr = tl.constexpr(2)  # address of its block table
+TABLE_STRIDE_COLUMN: tl.constexpr = tl.constexpr(3)  # entries a request
+SINKS_COLUMN: tl.constexpr = tl.constexpr(4)  # S
+WINDOW_COLUMN: tl.constexpr = tl.constexpr(5)  # W
+SLOTS_COLUMN: tl.constexpr = tl.constexpr(6)  # address of its slot mapping
+HEAD_COLUMNS: tl.constexpr = tl.constexpr(8)
+
 
 @triton.jit
 def load_scale(scale, IS_TENSOR: tl.constexpr):
@@ -129,24 +139,62 @@ def cap_scores(b_s, soft_cap):
 
 
 @triton.jit
-def attend_tile(
-    b_q,  # [M, BLOCK_D] in the dtype of the dot
-    b_acc,  # [M, BLOCK_D] fp32
-    b_max,  # [M] fp32, base 2
-    b_sum,  # [M] fp32
-    i_key,  # first key of the tile
-    k_end,  # keys from here on are not loaded
-    b_pos,  # [M] positions of the rows
+def load_head(
+    i_h,
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
+    k_ptr,  # [B, N, HKV, D]; if HEADS, any head's: its dtype counts
+    v_ptr,
+    block_table_ptr,  # int32 [R, max_blocks]
+    stride_kh,
+    stride_vh,
+    stride_table,
+    num_sink_tokens,
     window_size,
-    p_table,  # the request's row of the block table
-    p_k,  # cache at this KV head
-    p_v,
-    stride_kb,
-    stride_kn,
-    stride_vb,
-    stride_vn,
-    score_scale,  # times log2(e) unless a soft cap follows
-    soft_cap,
+    HEADS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # bytes that divide every address in the table
+):
+    """K, V and block table of a KV head, the table's stride, and S and W.
+
+    A layer whose heads share cache, block table and policy passes them; one whose
+    heads have their own passes their addresses, a row a head.
+    """
+    if HEADS:
+        p_row = heads_ptr + i_h * HEAD_COLUMNS
+        p_k = tl.load(p_row + K_COLUMN).to(k_ptr.dtype)
+        p_v = tl.load(p_row + V_COLUMN).to(v_ptr.dtype)
+        p_k = tl.multiple_of(p_k, ALIGNMENT)
+        p_v = tl.multiple_of(p_v, ALIGNMENT)
+        p_table = tl.load(p_row + TABLE_COLUMN).to(block_table_ptr.dtype)
+        return (
+            p_k,
+            p_v,
+            p_table,
+            tl.load(p_row + TABLE_STRIDE_COLUMN),
+            tl.load(p_row + SINKS_COLUMN).to(tl.int32),
+            tl.load(p_row + WINDOW_COLUMN).to(tl.int32),
+        )
+    else:
+        return (
+            k_ptr + i_h.to(tl.int64) * stride_kh,
+            v_ptr + i_h.to(tl.int64) * stride_vh,
+            block_table_ptr,
+            tl.cast(stride_table, tl.int64),
+            num_sink_tokens,
+            window_size,
+        )
+
+
+@triton.jit
+def attend_tile(
+    state,  # acc [M, BLOCK_D], max [M] (base 2), sum [M]: fp32
+    b_q,  # [M, BLOCK_D] in the dtype of the dot
+    b_pos,  # [M] positions of the rows
+    b_block,  # [BLOCK_N] int32, block ids of the keys
+    i_key,  # first key of the tile
+    i_end,  # keys from here on are not loaded
+    window_size,
+    cache,
+    scores,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,20 +202,15 @@ def attend_tile(
     SOFT_CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``.
-
-    A key that no row sees is not loaded, neither its block id nor K nor V: what
-    lies there (stale ids, NaN) cannot leak.
-    """
+    """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``."""
+    b_acc, b_max, b_sum = state
+    _, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn = cache
+    score_scale, soft_cap = scores
     o_d = tl.arange(0, BLOCK_D)
     o_n = i_key + tl.arange(0, BLOCK_N)
     m_d = o_d < HEAD_SIZE
-    if MASK == NO_MASK:
-        b_block = tl.load(p_table + o_n // BLOCK_SIZE).to(tl.int64)
-    else:
-        m_n = o_n < k_end
-        b_block = tl.load(p_table + o_n // BLOCK_SIZE, mask=m_n, other=0)
-        b_block = b_block.to(tl.int64)
+    m_n = o_n < i_end
+    b_block = b_block.to(tl.int64)
     o_slot = (o_n % BLOCK_SIZE).to(tl.int64)
     p_bk = p_k + (b_block * stride_kb + o_slot * stride_kn)[None, :] + o_d[:, None]
     p_bv = p_v + (b_block * stride_vb + o_slot * stride_vn)[:, None] + o_d[None, :]
@@ -204,44 +247,46 @@ def attend_tile(
 
 
 @triton.jit
-def find_request(query_start_ptr, num_requests, i_tile, TILE_Q: tl.constexpr):
-    """The request that owns query tile ``i_tile``.
+def find_request(
+    query_start_ptr,
+    first_request,
+    num_requests,
+    first_token,
+    i_tile,
+    TILE_Q: tl.constexpr,
+):
+    """The request that owns query tile ``i_tile``, and its first token.
 
-    Request r owns the tiles from ``start[r] // TILE_Q + r`` on: room enough for
-    its own, whatever precedes it, and strictly increasing even over empty
-    requests, so a binary search finds it without a list from the host.
+    Of the requests from ``first_request`` on, whose tokens begin at ``first_token``,
+    request r owns the tiles from ``(start[r] - first_token) // TILE_Q + r -
+    first_request`` on: room enough for its own, whatever precedes it, and strictly
+    increasing even over empty requests, so a binary search finds it without a list
+    from the host.
     """
-    i_low = 0
+    i_low = first_request
     i_high = num_requests
+    i_start = first_token
     while i_high - i_low > 1:
         i_mid = (i_low + i_high) // 2
-        if tl.load(query_start_ptr + i_mid) // TILE_Q + i_mid <= i_tile:
+        i_token = tl.load(query_start_ptr + i_mid)
+        if (i_token - first_token) // TILE_Q + (i_mid - first_request) <= i_tile:
             i_low = i_mid
+            i_start = i_token
         else:
             i_high = i_mid
-    return i_low
+    return i_low, i_start
 
 
 @triton.jit
 def attend_range(
-    b_q,
-    b_acc,
-    b_max,
-    b_sum,
+    state,  # acc [M, BLOCK_D], max [M] (base 2), sum [M]: fp32
+    b_q,  # [M, BLOCK_D] in the dtype of the dot
+    b_pos,  # [M] positions of the rows
     i_start,
     i_end,
-    k_end,
-    b_pos,
     window_size,
-    p_table,
-    p_k,
-    p_v,
-    stride_kb,
-    stride_kn,
-    stride_vb,
-    stride_vn,
-    score_scale,
-    soft_cap,
+    cache,  # the request's block table, K and V of the head, their strides
+    scores,  # scale (times log2(e) unless a soft cap follows), soft cap
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -249,26 +294,32 @@ def attend_range(
     SOFT_CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """``attend_tile`` over the tiles that start at ``i_start``, .. below ``i_end``."""
+    """The online softmax over keys ``i_start .. i_end - 1``, tile by tile.
+
+    ``NO_MASK`` takes whole tiles. A key from ``i_end`` on is not loaded, neither its
+    block id nor K nor V: what lies there (stale ids, NaN) cannot leak.
+
+    A tile's block ids are loaded one tile ahead. Were they loaded with K and V, the
+    compiler would spend the stages of its pipeline on that dependence and wait for
+    K and V where they are used; so all stages go to K and V (tests/kernels_aot
+    reads from the compiled loops how far ahead they are loaded).
+    """
+    p_table = cache[0]
+    o_n = i_start + tl.arange(0, BLOCK_N)
+    b_block = tl.load(p_table + o_n // BLOCK_SIZE, mask=o_n < i_end, other=0)
     for i_key in range(i_start, i_end, BLOCK_N):
-        b_acc, b_max, b_sum = attend_tile(
+        o_n = i_key + BLOCK_N + tl.arange(0, BLOCK_N)
+        b_next = tl.load(p_table + o_n // BLOCK_SIZE, mask=o_n < i_end, other=0)
+        state = attend_tile(
+            state,
             b_q,
-            b_acc,
-            b_max,
-            b_sum,
-            i_key,
-            k_end,
             b_pos,
+            b_block,
+            i_key,
+            i_end,
             window_size,
-            p_table,
-            p_k,
-            p_v,
-            stride_kb,
-            stride_kn,
-            stride_vb,
-            stride_vn,
-            score_scale,
-            soft_cap,
+            cache,
+            scores,
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_N,
@@ -276,4 +327,5 @@ def attend_range(
             SOFT_CAP,
             MASK,
         )
-    return b_acc, b_max, b_sum
+        b_block = b_next
+    return state
