@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from batches import NAN, STALE_ID, Batch, make_batch
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -39,7 +40,9 @@ def make_builder(
     """A builder for one layer that ``impl`` serves."""
     layer = SimpleNamespace(impl=impl, sliding_window=sliding_window)
     monkeypatch.setattr(
-        base, "get_layers_from_vllm_config", lambda *_: {"layer": layer}
+        base,
+        "get_layers_from_vllm_config",
+        lambda _, kind, names: {"layer": layer} if kind is Attention else {},
     )
     rotation = None if cos_sin_cache is None else Rotation(cos_sin_cache, True)
     monkeypatch.setattr(base, "find_rotation", lambda *_: rotation)
@@ -64,6 +67,7 @@ def make_builder(
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=64, max_num_seqs=max_num_seqs
         ),
+        cache_config=SimpleNamespace(block_size=block_size),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=64),
         speculative_config=speculative,
     )

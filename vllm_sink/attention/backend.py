@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -25,6 +26,7 @@ from vllm_sink.attention.base import (
     engine_config,
     measure_loaded_model,
 )
+from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache import heads
 from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
 
@@ -72,6 +74,16 @@ class SinkBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Larger blocks for very long streams on GPUs; ``--block-size`` overrides."""
+        vllm_config = get_current_vllm_config_or_none()
+        if current_platform.is_cpu() or vllm_config is None:
+            return super().get_preferred_block_size(default_block_size)
+        return preferred_block_size(
+            default_block_size, vllm_config.model_config.max_model_len
+        )
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:

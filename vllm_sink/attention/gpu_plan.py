@@ -7,18 +7,18 @@ rest stays in tensors. A batch is split once, by the host's query lengths::
     kernel     decode (a token a program) | prefill (a tile of queries a program)
 
 Both kernels are right for every batch, in any order; the split is for speed.
-Their grids depend on padded token and request counts and on S + W alone, so a
-CUDA graph captured once replays any batch of its size.
+Their grids depend on padded token and request counts, on S + W and on the machine
+alone, so a CUDA graph captured once replays any batch of its size.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -26,62 +26,54 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm_sink_kernels.triton.decode import workspace_shape
+from vllm_sink_kernels.triton.plan import map_tokens
 
-from vllm_sink.attention.base import SinkBuilderBase
+from vllm_sink.attention.base import SinkBuilderBase, Step
+from vllm_sink.attention.gpu_memory import long_stream_warning
 from vllm_sink.policy.layout import RetentionPolicy
 
-# (device, elements) -> scratch of decode's splits. Builders of one process share
-# it: their layers run one after another on one stream.
-_workspaces: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+logger = init_logger("vllm.plugins.sink")
 
-
-def _shared_workspace(elements: int, device: torch.device) -> torch.Tensor:
-    key = device, elements
-    workspace = _workspaces.get(key)
-    if workspace is None:
-        workspace = torch.empty(elements, dtype=torch.float32, device=device)
-        _workspaces[key] = workspace
-    return workspace
+# Places at which a layer's block tables and slots may be found, one after another.
+MAX_PLACES = 256
 
 
 @dataclass
 class SinkGpuMetadata(AttentionMetadata):
     """One step's plan, shared by all layers of a KV cache group.
 
-    The first ``num_decode_tokens`` tokens (DT) belong to the first requests (DR),
-    which decode serves; the rest (PT, PR) goes to prefill. T counts padding.
+    The first ``num_decode_tokens`` tokens (DT) belong to the first ``num_decodes``
+    requests, which decode serves; the rest goes to prefill. T and R count padding.
+    Layers whose heads are in several groups read the batch from any group's and
+    block tables and slots from each head's own.
 
     Args:
         policy: S and W of these layers.
-        num_tokens: T = DT + PT, query tokens.
+        num_tokens: T, query tokens.
         num_decode_tokens: DT.
+        num_decodes: Requests that decode serves.
         slot_mapping: [T] int64, where K and V go; -1 for padding.
-        decode_block_table: [DR, max_blocks] int32.
+        block_table: [R, max_blocks] int32.
+        query_start_loc: [R + 1] int32, first query of each request.
+        seq_lens: [R] int32.
         query_positions, query_requests: [DT] int32, in buffers of the builder that
             CUDA graphs hold on to; position -1 for padding.
-        prefill_block_table: [PR, max_blocks] int32.
-        prefill_start_loc: [PR + 1] int32, first query of each request, from DT on.
-        prefill_seq_lens: [PR] int32.
-        max_query_len: tokens of the longest request, or more.
         has_prefill_padding: tokens past the last request may follow, whose output
             prefill leaves alone.
-        workspace: scratch of decode.
     """
 
     policy: RetentionPolicy
     num_tokens: int
     num_decode_tokens: int
+    num_decodes: int
     slot_mapping: torch.Tensor
-    decode_block_table: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
     query_positions: torch.Tensor
     query_requests: torch.Tensor
-    prefill_block_table: torch.Tensor
-    prefill_start_loc: torch.Tensor
-    prefill_seq_lens: torch.Tensor
-    max_query_len: int
     has_prefill_padding: bool
-    workspace: torch.Tensor
+    step: Step = field(init=False, repr=False)
 
 
 class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
@@ -117,21 +109,13 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
             self.policy.num_sink_tokens,
             min(self.policy.window_size, vllm_config.model_config.max_model_len),
         )
+        self._prepared: set[Any] = set()
+        warning = long_stream_warning(vllm_config)
+        if warning is not None:
+            logger.warning_once(warning)
         n = self.max_decode_tokens
-        self._tokens = torch.arange(n, dtype=torch.int32, device=device)
         self._query_positions = torch.empty(n, dtype=torch.int32, device=device)
         self._query_requests = torch.empty(n, dtype=torch.int32, device=device)
-        elements = max(
-            workspace_shape(
-                n,
-                layer.impl.num_heads,
-                layer.impl.head_size,
-                self.policy.num_sink_tokens,
-                self.policy.window_size,
-            )[0]
-            for layer in self.layers.values()
-        )
-        self._workspace = _shared_workspace(elements, device)
 
     def build(
         self,
@@ -178,50 +162,52 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
                 f"causal={common.causal}; drop the flag for this model"
             )
         if num_decode_tokens > self.max_decode_tokens:
-            num_decodes = num_decode_tokens = 0  # more than the workspace holds
-        num_tokens = common.num_actual_tokens
-        start_loc = common.query_start_loc[: common.num_reqs + 1]
-        seq_lens = common.seq_lens[: common.num_reqs]
-        block_table = common.block_table_tensor[: common.num_reqs]
-        if num_decode_tokens:
-            self._map_tokens(
-                start_loc[: num_decodes + 1], seq_lens[:num_decodes], num_decode_tokens
-            )
-        prefill_start_loc = start_loc[num_decodes:]
-        if num_decode_tokens:
-            prefill_start_loc = prefill_start_loc - num_decode_tokens
-        return SinkGpuMetadata(
+            num_decodes = num_decode_tokens = 0  # more than the buffers hold
+        num_tokens, num_requests = common.num_actual_tokens, common.num_reqs
+        metadata = SinkGpuMetadata(
             policy=self.policy,
             num_tokens=num_tokens,
             num_decode_tokens=num_decode_tokens,
+            num_decodes=num_decodes,
             slot_mapping=common.slot_mapping[:num_tokens],
-            decode_block_table=block_table[:num_decodes],
+            block_table=common.block_table_tensor[:num_requests],
+            query_start_loc=common.query_start_loc[: num_requests + 1],
+            seq_lens=common.seq_lens[:num_requests],
             query_positions=self._query_positions[:num_decode_tokens],
             query_requests=self._query_requests[:num_decode_tokens],
-            prefill_block_table=block_table[num_decodes:],
-            prefill_start_loc=prefill_start_loc,
-            prefill_seq_lens=seq_lens[num_decodes:],
-            max_query_len=common.max_query_len,
             has_prefill_padding=has_padding,
-            workspace=self._workspace,
         )
+        if num_decode_tokens:
+            map_tokens(
+                metadata.query_start_loc,
+                metadata.seq_lens,
+                num_decodes,
+                metadata.query_positions,
+                metadata.query_requests,
+            )
+        step = self.join_step(common, metadata)
+        if self.groups is not None and step.is_complete:
+            self._prepare_heads(step)
+        return metadata
 
-    def _map_tokens(
-        self, start_loc: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int
-    ) -> None:
-        """Position and request of the first ``num_tokens`` tokens, into the buffers.
+    def _prepare_heads(self, step: Step) -> None:
+        """See that every layer has the table for this step's block tables and slots.
 
-        Args:
-            start_loc: [R + 1] int32; empty requests repeat their neighbour's start,
-                tokens from ``start_loc[R]`` on are padding.
-            seq_lens: [R] int32.
+        They stay where vLLM allocated them, so that there is work once. It waits for
+        the device: a layer may run while a CUDA graph is captured, this does not.
         """
-        tokens = self._tokens[:num_tokens]
-        requests = self._query_requests[:num_tokens]
-        positions = self._query_positions[:num_tokens]
-        ends = start_loc[1:].contiguous()
-        # The first request that ends after the token: never an empty one.
-        torch.searchsorted(ends, tokens, right=True, out_int32=True, out=requests)
-        requests.clamp_(max=seq_lens.shape[0] - 1)
-        torch.add((seq_lens - ends).index_select(0, requests), tokens, out=positions)
-        positions.masked_fill_(tokens >= start_loc[-1:], -1)
+        assert self.groups is not None, "heads of one kind need no table"
+        step.plan = tuple(
+            (part.block_table.data_ptr(), part.slot_mapping.data_ptr())
+            for part in step.parts
+        )
+        if step.plan in self._prepared:
+            return
+        assert len(self._prepared) < MAX_PLACES, (
+            "block tables and slot mappings must stay where vLLM allocated them"
+        )
+        self._prepared.add(step.plan)
+        heads = (head for group in self.groups.groups for head in group.heads)
+        for impl in {head.owner.impl for head in heads}:
+            if impl.heads is not None:
+                impl.find_head_table(step)

@@ -199,13 +199,6 @@ def _retrieval_heads(vllm_config: VllmConfig, config: SinkConfig) -> Iterator[Re
             f"{speculative.method!r}, whose layers are not in the map",
             "draft with n-grams or drop --speculative-config",
         )
-    if heads.splits_layers and _uses_triton(config):
-        yield Refusal(
-            "sink.retrieval_heads",
-            "must choose whole layers on the GPU path in this version",
-            "a map that splits layers",
-            "use sink.retrieval_layers",
-        )
     if model is not None and _own_windows(model):
         yield Refusal(
             "model",
@@ -213,12 +206,6 @@ def _retrieval_heads(vllm_config: VllmConfig, config: SinkConfig) -> Iterator[Re
             repr(model.model),
             "leave sink.retrieval_heads and sink.retrieval_layers out",
         )
-
-
-def _uses_triton(config: SinkConfig) -> bool:
-    from vllm.platforms import current_platform
-
-    return config.triton_interpreter or not current_platform.is_cpu()
 
 
 # Drafters that have no layers.
