@@ -37,6 +37,8 @@ TARGETS: dict[str, tuple[GPUTarget, int, int, int, int]] = {
     "gfx950": (GPUTarget("hip", "gfx950", 64), 160 * KIB, 160 * KIB, 512, 32),
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma|tcgen05\.mma", "hip": r"v_mfma"}
+INSTRUCTION = {"cuda": r"\n\s+[@a-z].*;", "hip": r"\n\t[vsdb]\w*_\w+"}
+TILES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ class Case:
     is_neox: bool = True
     soft_cap: bool = False
     sink_logits: bool = False
+    mixed: bool = False  # KV heads with caches and policies of their own
 
     @property
     def name(self) -> str:
         extra = "-interleaved" * (not self.is_neox) + "-cap" * self.soft_cap
-        extra += "-logits" * self.sink_logits
+        extra += "-logits" * self.sink_logits + "-mixed" * self.mixed
         heads = "x".join(map(str, self.heads))
         budget = "+".join(map(str, self.budget))
         kv = self.kv if self.dtype == "bf16" else self.dtype
@@ -79,6 +82,9 @@ class Resources:
     warps: int
     stages: int
     block_n: int
+    tiles_ahead: int  # how many tiles before its use K and V are asked for
+    wait: int  # copies in flight that a loop's wait leaves; -1: it has none
+    instructions: int  # lines of PTX or of AMD's assembler
     occupancy: float  # share of the core's warps, by registers and shared memory
 
 
@@ -96,7 +102,11 @@ def shipped_cases() -> list[Case]:
         cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), is_neox=False))
         if target not in ("sm_80", "gfx942"):  # no e4m3fn there
             cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), kv="fp8"))
-        cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), "fp32", "fp32"))
+        for head_size in (128, 256):
+            cases.append(
+                Case(kernel, target, head_size, (32, 8), (4, 4092), "fp32", "fp32")
+            )
+        cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), mixed=True))
     return cases
 
 
@@ -116,6 +126,7 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
         sink_logits=case.sink_logits,
         k_scale_tensor=case.kv == "fp8",
         v_scale_tensor=case.kv == "fp8",
+        alignment=16 if case.mixed else 0,
     )
     table = launch_config.DECODE if case.kernel == "decode" else launch_config.PREFILL
     config = launch_config.lookup(
@@ -130,8 +141,7 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
         config = launch_config.halve_keys(config)
     if case.kernel == "decode":
         fn = decode.sink_decode_kernel
-        splits = launch_config.num_splits(sinks, window)
-        constants = decode.kernel_constants(variant, config, splits)
+        constants = decode.kernel_constants(variant, config, is_split=True)
     else:
         fn = prefill.sink_prefill_kernel
         constants = prefill.kernel_constants(variant, config)
@@ -151,6 +161,7 @@ def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
     pointers = {f"{name}_ptr": "*i32" for name in ints} | {
         "k_ptr": kv,
         "v_ptr": kv,
+        "heads_ptr": "*i64",
         "cs_ptr": f"*{case.dtype}",
         "sink_logits_ptr": f"*{case.dtype}",
         "q_ptr": f"*{case.dtype}",
@@ -177,6 +188,43 @@ def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
     return ASTSource(fn, signature, constants, attrs)
 
 
+DOT = re.compile(r"tt\.dot |warp_group_dot |tc_gen5_mma ")
+# A tile of K or V on its way before the loop: a copy to shared memory, or on gfx942
+# a load to registers (of which only those of the pipeline are of interest).
+TILE_LOAD = re.compile(
+    r"async_copy_global_to_local .*tensor<\d+x\d+x!|"
+    r'(?:tt\.load|buffer_load) .*"prologue".*tensor<\d+x\d+x'
+)
+
+
+def pipeline(ttgir: str) -> tuple[int, int]:
+    """Tiles that the loops over keys load ahead, and what their waits leave in flight.
+
+    A loop that loads n tiles ahead is preceded by n loads of K and n of V; of two such
+    loops the worse counts.
+
+    Returns:
+        tiles ahead; the smallest ``num`` of a wait within a loop, -1 without any.
+    """
+    ahead, waits, loads, body = [], [], 0, None
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if body is None:
+            loads += bool(TILE_LOAD.search(line))
+            if "scf.for" in line:
+                body, body_indent = [], indent
+        elif indent <= body_indent and line.strip().startswith("}"):
+            if any(DOT.search(x) for x in body):
+                ahead.append(loads // 2)
+                found = (re.search(r"async_wait .*num = (\d+)", x) for x in body)
+                waits += [int(wait[1]) for wait in found if wait]
+            body, loads = None, 0
+        else:
+            body.append(line)
+    assert ahead, "no loop with a matrix product"
+    return min(ahead), min(waits, default=-1)
+
+
 def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -198,6 +246,7 @@ def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
         core_shared // (shared + KIB),
         core_warps // config.num_warps,
     )
+    tiles_ahead, wait = pipeline(compiled.asm["ttgir"])
     return Resources(
         registers=registers,
         spills=usage["LOCAL"],
@@ -207,6 +256,9 @@ def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
         warps=config.num_warps,
         stages=config.num_stages,
         block_n=config.block_n,
+        tiles_ahead=tiles_ahead,
+        wait=wait,
+        instructions=len(re.findall(INSTRUCTION["cuda"], compiled.asm["ptx"])),
         occupancy=round(blocks * config.num_warps / core_warps, 3),
     )
 
@@ -224,6 +276,7 @@ def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
     waves = min(8, simd_registers // (-(-registers // 8) * 8)) * 4
     shared = compiled.metadata.shared
     blocks = min(waves // config.num_warps, core_shared // max(shared, 1))
+    tiles_ahead, wait = pipeline(compiled.asm["ttgir"])
     return Resources(
         registers=registers,
         # Scalar registers spill into lanes of a vector register, not to memory.
@@ -234,6 +287,9 @@ def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
         warps=config.num_warps,
         stages=config.num_stages,
         block_n=config.block_n,
+        tiles_ahead=tiles_ahead,
+        wait=wait,
+        instructions=len(re.findall(INSTRUCTION["hip"], asm)),
         occupancy=round(blocks * config.num_warps / core_warps, 3),
     )
 
@@ -248,6 +304,10 @@ def problems(case: Case, r: Resources) -> list[str]:
         found.append(f"shared memory {r.shared} above the target's {limit}")
     if case.dtype != "fp32" and not r.matrix_instructions:
         found.append("no matrix instruction")
+    if r.tiles_ahead < TILES_AHEAD:
+        found.append(f"K and V loaded {r.tiles_ahead} tiles ahead: want {TILES_AHEAD}")
+    if 0 <= r.wait < 2:
+        found.append(f"a loop's wait leaves {r.wait} copies in flight: want a tile's 2")
     if r.occupancy == 0:
         found.append("not one block fits a core")
     return found
@@ -276,7 +336,9 @@ def main() -> int:
             "window_size": case.budget[1],
             "dtype": case.dtype,
             "kv_dtype": case.kv,
-            "variant": "soft_cap"
+            "variant": "mixed"
+            if case.mixed
+            else "soft_cap"
             if case.soft_cap
             else "sink_logits"
             if case.sink_logits

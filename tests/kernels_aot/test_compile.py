@@ -6,14 +6,22 @@ one core the first time, seconds from Triton's cache).
 """
 
 import csv
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 import triton
-from compile_kernels import TARGETS, Case, compile_case, problems, shipped_cases
+from compile_kernels import (
+    TARGETS,
+    TILES_AHEAD,
+    Case,
+    compile_case,
+    problems,
+    shipped_cases,
+)
 from triton.compiler import ASTSource
-from vllm_sink_kernels.triton import cache_write, decode
+from vllm_sink_kernels.triton import cache_write, merge, plan
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/kernel_resources.csv"
@@ -28,6 +36,8 @@ def cases() -> list[Case]:
         for kernel in ("decode", "prefill")
         for target in TARGETS
     ]
+    chosen.append(Case("decode", "sm_90", 128, (32, 8), (4, 4092), mixed=True))
+    chosen.append(Case("decode", "sm_90", 128, (32, 8), (4, 4092), "fp32", "fp32"))
     assert set(chosen) <= set(shipped_cases())
     return chosen
 
@@ -46,6 +56,8 @@ def test_the_table_holds_every_shipped_case_and_none_fails():
         assert (row["kernel"], row["target"]) == (case.kernel, case.target)
         assert row["spills"] == row["stack"] == "0", row
         assert int(row["shared"]) <= TARGETS[case.target][1]
+        assert int(row["tiles_ahead"]) >= TILES_AHEAD, row
+        assert int(row["wait"]) >= 2 or row["wait"] == "-1", row
         if case.dtype == "bf16":
             assert int(row["matrix_instructions"]) > 0, row
 
@@ -63,20 +75,19 @@ def compile_small(kernel, target, constants, types):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_merge_and_cache_write_compile(target):
-    constants = {
-        "NUM_HEADS": 32,
-        "HEAD_SIZE": 128,
-        "SPLITS": 16,
-        "BLOCK_S": 16,
-        "BLOCK_D": 128,
-    }
+def test_the_small_kernels_compile(target):
+    constants = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "SPLITS": 64, "BLOCK_D": 128}
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "positions_ptr": "*i32"}
     types["out_ptr"] = "*bf16"
-    compile_small(decode.merge_splits_kernel, target, constants, types)
+    compile_small(merge.merge_splits_kernel, target, constants, types)
     fp8 = {"gfx942": ("*fp8e4b8", 240.0), "sm_80": ("*bf16", 0.0)}
     quantized = fp8.get(target, ("*fp8e4nv", 448.0))
-    for cache, top in {("*bf16", 0.0), quantized}:
+    types = {"query_start_ptr": "*i32", "seq_lens_ptr": "*i32"}
+    types |= {"positions_ptr": "*i32", "requests_ptr": "*i32"}
+    compile_small(plan.map_tokens_kernel, target, {"BLOCK": plan.BLOCK}, types)
+    for (cache, top), mixed in itertools.product(
+        {("*bf16", 0.0), quantized}, (False, True)
+    ):
         constants = {
             "NUM_KV_HEADS": 8,
             "HEAD_SIZE": 128,
@@ -84,10 +95,13 @@ def test_merge_and_cache_write_compile(target):
             "FP8_MAX": top,
             "K_SCALE_TENSOR": True,
             "V_SCALE_TENSOR": False,
+            "HEADS": mixed,
+            "ALIGNMENT": 16 * mixed,
             "BLOCK_H": 8,
             "BLOCK_D": 128,
         }
         types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i64"}
+        types |= {"heads_ptr": "*i64"}
         types |= {"k_cache_ptr": cache, "v_cache_ptr": cache}
         types |= {"k_scale": "*fp32", "v_scale": "fp32"}
         compile_small(cache_write.write_kv_cache_kernel, target, constants, types)
