@@ -19,7 +19,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "kernels")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(ROOT / "kernels"),
+    str(ROOT / "scripts"),
+]
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and "vllm" not in sys.modules

@@ -152,3 +152,23 @@ def assert_policy_shows(got: Reply, want: Reply, prompt: list[int]) -> None:
     budget = SINKS + WINDOW
     assert difference[:budget].max() < TOLERANCE
     assert difference[budget:].max() > 100 * TOLERANCE
+
+
+def lose_sinks(monkeypatch) -> None:
+    """What vLLM 0.33 does to a sliding window's row: its first entry becomes null.
+
+    Once all queries are past the window; our rows begin with the sinks.
+    """
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    gather = BlockTables.gather_block_tables
+
+    def lose(self, requests, *args, **kwargs):
+        tables = gather(self, requests, *args, **kwargs)
+        for table, counts in zip(tables, self.num_blocks.np, strict=True):
+            for row, request in zip(table, requests.tolist(), strict=False):
+                if counts[request] > 3:
+                    row[0] = 0
+        return tables
+
+    monkeypatch.setattr(BlockTables, "gather_block_tables", lose)

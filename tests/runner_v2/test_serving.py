@@ -13,6 +13,7 @@ from serving import (
     ask,
     assert_policy_shows,
     assert_same,
+    lose_sinks,
     random_tokens,
     serving,
 )
@@ -139,18 +140,5 @@ def test_missing_eviction_shows(llm, monkeypatch):
 
 
 def test_a_lost_sink_block_shows(llm, want, monkeypatch):
-    """vLLM 0.33 nulls the head of a sliding window's row: here that is the sinks."""
-    from vllm.v1.worker.gpu.block_table import BlockTables
-
-    gather = BlockTables.gather_block_tables
-
-    def lose(self, requests, *args, **kwargs):
-        tables = gather(self, requests, *args, **kwargs)
-        for table, counts in zip(tables, self.num_blocks.np, strict=True):
-            for row, request in zip(table, requests.tolist(), strict=False):
-                if counts[request] > 3:  # its queries are past the window
-                    row[0] = 0
-        return tables
-
-    monkeypatch.setattr(BlockTables, "gather_block_tables", lose)
+    lose_sinks(monkeypatch)
     assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
