@@ -10,6 +10,16 @@ SINKS, WINDOW = 4, 20
 BLOCK = 16
 VOCABULARY = 128
 TOLERANCE = 1e-4
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+
+# Prefilled in chunks of 40 tokens, one beside another's decode.
+PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75, 140))]
+FOLLOW_UP = random_tokens(9, 13)
 # A model of which a program of a kernel has little to interpret.
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -38,24 +48,22 @@ class Reply:
     cached: int
 
 
-def random_tokens(seed: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
-
-
 @contextlib.contextmanager
-def serving(model: str, runner: str, *, positions: str = "cache", **settings):
+def serving(model: str, runner: str, *, policy: dict | None = None, **settings):
     """An engine on runner "v1" (the CPU path) or "v2" (the GPU path, interpreted).
 
     V2 is what vLLM chooses where nothing is said: nothing is said.
+
+    Args:
+        policy: More of the ``sink`` section.
     """
     from tests.helpers.engine import model_runner, sink_engine
 
     section = {
         "num_sink_tokens": SINKS,
         "window_size": WINDOW,
-        "sink_positions": positions,
         "triton_interpreter": runner == "v2",
+        **(policy or {}),
     }
     defaults = {
         "attention_backend": "sink",
@@ -106,6 +114,24 @@ def ask(llm, prompts, max_tokens: int = 8, *, score_prompts: bool = False):
         outputs |= {output.request_id: output for output in engine.step()}
         check_live_blocks(llm)
     return [reply(outputs[str(i)], prompt) for i, prompt in enumerate(prompts)]
+
+
+def first_turn(llm) -> list[Reply]:
+    assert llm.reset_prefix_cache()
+    return ask(llm, PROMPTS)
+
+
+def second_turn(llm, first: list[Reply]) -> list[Reply]:
+    """The cache holds the first turn, but for the gap: null blocks in the row."""
+    prompts = [
+        prompt + reply.tokens + FOLLOW_UP
+        for prompt, reply in zip(PROMPTS, first, strict=True)
+    ]
+    return ask(llm, prompts[1:])
+
+
+def scored(llm) -> list[Reply]:
+    return ask(llm, PROMPTS[1:2], score_prompts=True)
 
 
 def reply(output, prompt: list[int]) -> Reply:

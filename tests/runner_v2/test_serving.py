@@ -6,6 +6,7 @@ import pytest
 from graphs import replay_graphs
 from serving import (
     BLOCK,
+    PROMPTS,
     SINKS,
     SMALL,
     WINDOW,
@@ -13,17 +14,16 @@ from serving import (
     ask,
     assert_policy_shows,
     assert_same,
+    first_turn,
     lose_sinks,
     random_tokens,
+    scored,
+    second_turn,
     serving,
 )
 
 from tests.helpers.random_gemma import save_gemma
 from tests.helpers.random_llama import save_llama
-
-# Prefilled in chunks of 40 tokens, one beside another's decode.
-PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75, 140))]
-FOLLOW_UP = random_tokens(9, 13)
 
 
 @dataclass
@@ -33,24 +33,6 @@ class Answers:
     first: list[Reply]
     second: list[Reply]
     scored: list[Reply]
-
-
-def first_turn(llm) -> list[Reply]:
-    assert llm.reset_prefix_cache()
-    return ask(llm, PROMPTS)
-
-
-def second_turn(llm, first: list[Reply]) -> list[Reply]:
-    """The cache holds the first turn, but for the gap: null blocks in the row."""
-    prompts = [
-        prompt + reply.tokens + FOLLOW_UP
-        for prompt, reply in zip(PROMPTS, first, strict=True)
-    ]
-    return ask(llm, prompts[1:])
-
-
-def scored(llm) -> list[Reply]:
-    return ask(llm, PROMPTS[1:2], score_prompts=True)
 
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])
