@@ -12,7 +12,7 @@ from serving import (
     serving,
 )
 
-from tests.helpers.engine import core
+from tests.helpers.engine import managers
 from tests.helpers.random_llama import save_llama
 from vllm_sink.cache.block_manager import SinkManager
 
@@ -20,10 +20,6 @@ from vllm_sink.cache.block_manager import SinkManager
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), **SMALL)
-
-
-def managers(llm) -> list:
-    return core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
 
 
 def test_a_layer_that_keeps_everything(model, monkeypatch):
