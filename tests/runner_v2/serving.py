@@ -69,6 +69,7 @@ def serving(model: str, runner: str, *, policy: dict | None = None, **settings):
         "attention_backend": "sink",
         "additional_config": {"sink": section},
         "block_size": BLOCK,
+        "num_gpu_blocks_override": 200,  # of the GiB that would be zeroed
         "max_model_len": 256,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 40,

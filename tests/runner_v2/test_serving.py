@@ -72,12 +72,14 @@ def test_every_token_of_a_prompt(llm, want):
 
 
 @pytest.mark.parametrize(
-    "mode, kinds",
+    "model, mode, kinds",
     [
-        ("FULL_DECODE_ONLY", {"decode"}),
-        ("FULL", {"mixed"}),
-        ("FULL_AND_PIECEWISE", {"decode", "piecewise"}),
+        ("llama", "FULL_DECODE_ONLY", {"decode"}),
+        ("llama", "FULL", {"mixed"}),
+        ("llama", "FULL_AND_PIECEWISE", {"decode", "piecewise"}),
+        ("hybrid", "FULL", {"mixed"}),
     ],
+    indirect=["model"],
 )
 def test_graphs(llm, want, monkeypatch, mode, kinds):
     used = replay_graphs(llm, mode, monkeypatch)
