@@ -11,10 +11,12 @@ with p20 and p80, L2 cold, against (a) a device-to-device copy, the bandwidth
 ceiling, (b) torch SDPA on the retained keys laid out densely, and for prefill
 FlexAttention with the same mask, (c) vLLM's ``unified_attention`` at the same
 window where vLLM is importable. The CSV names GPU, driver, torch, Triton, commit.
+There the engine is checked, too: see ``engine_check.py``.
 """
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import os
 import statistics
@@ -217,6 +219,17 @@ def correctness(quick):
             print(f"FAILED, cache write to {kv_dtype}")
     print(f"correctness: {total} cases, {failed} failed")
     return failed
+
+
+def engine():
+    """Failures of the whole engine, checked in a process of its own."""
+    missing = [m for m in ("vllm", "vllm_sink") if importlib.util.find_spec(m) is None]
+    if missing:
+        print(f"engine: not checked, {missing[0]} can't be imported here")
+        return 0
+    command = [sys.executable, ROOT / "scripts/engine_check.py"]
+    sys.stdout.flush()
+    return subprocess.run(command + ["--interpret"] * INTERPRET).returncode
 
 
 def bench(fn, repeats):
@@ -448,7 +461,7 @@ def main():
     if not INTERPRET and not torch.cuda.is_available():
         parser.error("no GPU here: pass --interpret for the correctness part alone")
     torch.manual_seed(0)
-    failed = correctness(args.quick)
+    failed = correctness(args.quick) + engine()
     if failed or INTERPRET:
         return int(failed > 0)
     gpu = torch.cuda.get_device_name()

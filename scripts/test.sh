@@ -21,9 +21,9 @@ part "ruff format" "$PYTHON" -m ruff format --check .
 part "mypy" "$PYTHON" -m mypy
 # Without OMP_NUM_THREADS vLLM takes one thread for an engine in this process.
 part "tests" env OMP_NUM_THREADS="$(nproc)" "$PYTHON" -m pytest tests --ignore=tests/kernels \
-    --ignore=tests/kernels_aot --ignore=tests/gpu_path "$@"
+    --ignore=tests/kernels_aot --ignore=tests/gpu_path --ignore=tests/runner_v2 "$@"
 # The next vLLM's scheduler core on the same torch: what the manager stands on.
-part "vLLM $VLLM_NEXT, Python part" fetch_next_vllm
+part "vLLM $VLLM_NEXT, Python part" make_next_vllm_runnable
 part "manager, vLLM $VLLM_NEXT" env PYTHONPATH="$NEXT_VLLM" \
     VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest \
     tests/cache/test_block_manager.py tests/cache/test_block_manager_machine.py
@@ -33,6 +33,14 @@ if [[ -d tests/kernels ]]; then
 fi
 if [[ -d tests/gpu_path ]]; then
     part "gpu path, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/gpu_path
+fi
+if [[ -d tests/runner_v2 ]]; then
+    part "runner V2, vLLM $VLLM_CPU" env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+        VLLM_SINK_EXPECT_VLLM="$VLLM_CPU" "$PYTHON" -m pytest tests/runner_v2
+    # vLLM caches what it finds out about a model's class: not for both versions.
+    part "runner V2, vLLM $VLLM_NEXT" env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+        PYTHONPATH="$NEXT_VLLM" VLLM_CACHE_ROOT="$ROOT/.cache/vllm-$VLLM_NEXT" \
+        VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest tests/runner_v2
 fi
 if [[ -d tests/kernels_aot ]]; then
     part "kernels, compiled" "$PYTHON" -m pytest tests/kernels_aot

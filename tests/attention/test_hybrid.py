@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AttentionInterface
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 from tests.helpers import dense_reference
 from tests.helpers.block_managers import make_manager
 from tests.helpers.engine import core, prompt_logprobs, sink_engine
+from tests.helpers.random_gemma import save_gemma
 from vllm_sink.policy.layout import RetentionPolicy
 
 TOLERANCE = 2e-3
@@ -41,27 +42,8 @@ AttentionInterface.register("hybrid_sink_reference", _hybrid_attention)
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     """(folder, reference model): random weights, saved here."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        sliding_window=SLIDING,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = Gemma3ForCausalLM(config).eval()
     path = tmp_path_factory.mktemp("hybrid")
-    model.save_pretrained(path)
+    model = save_gemma(path, vocab_size=VOCABULARY, sliding_window=SLIDING)
     model.set_attn_implementation("hybrid_sink_reference")
     return str(path), model
 

@@ -5,6 +5,8 @@ distance is capped by turning the query with angles computed in float64 from
 the model's rotary base.
 """
 
+from functools import cached_property
+
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -52,11 +54,16 @@ class DenseReference:
     """Log-probabilities of a Llama-like model under (S, W)."""
 
     def __init__(self, path: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.path = path
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="dense_sink_reference"
         ).eval()
         self.theta = self.model.config.rope_parameters["rope_theta"]
+
+    @cached_property
+    def tokenizer(self):
+        """The model's; a random model has none."""
+        return AutoTokenizer.from_pretrained(self.path)
 
     @torch.inference_mode()
     def logits(self, tokens, sinks, window, positions="cache") -> torch.Tensor:

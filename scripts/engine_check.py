@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Check the whole engine: a small random model, past the window, against a reference.
+
+    python scripts/engine_check.py               # a GPU: default runner, graphs on
+    python scripts/engine_check.py --interpret   # no GPU: Triton's interpreter
+
+``scripts/gpu_check.py`` runs it where vLLM can be imported. Prompts in chunks and
+generated tokens, both past the window, must have the log-probabilities that Hugging
+Face's model has under a dense mask of the policy (tests/helpers/dense_reference.py),
+in float32; the same model without the policy must be told apart from it.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to look inside
+if "--interpret" in sys.argv:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+
+TOLERANCE = 2e-3  # float32 through two implementations, of log-probabilities
+VISIBLE = 0.1  # how far the model without the policy must be at least
+VOCABULARY = 512
+
+
+@dataclass
+class Outcome:
+    """What an engine did.
+
+    Args:
+        runner: The model runner's class, with its module.
+        graphs: vLLM's CUDA graph mode.
+        prompt_error, reply_error: Largest differences of log-probabilities from
+            the reference's; infinite for NaN.
+        without_policy: Largest difference of the reference without a window from
+            the one with it: what an ignored policy would have shown.
+        num_tokens: Of the longest request.
+    """
+
+    runner: str
+    graphs: str
+    prompt_error: float
+    reply_error: float
+    without_policy: float
+    num_tokens: int
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        for what in ("prompt", "reply"):
+            error = getattr(self, f"{what}_error")
+            if not error <= TOLERANCE:
+                found.append(
+                    f"log-probabilities of the {what} must be the reference's within "
+                    f"{TOLERANCE}, got a difference of {error:.2g}"
+                )
+        if self.without_policy < VISIBLE:
+            found.append(
+                f"the policy must be visible by {VISIBLE}, got {self.without_policy}"
+            )
+        return found
+
+
+def random_prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()
+        for n in lengths
+    ]
+
+
+def check_engine(
+    model: str, sinks: int, window: int, lengths: list[int], max_tokens: int, **settings
+) -> Outcome:
+    """Serve ``model`` under (sinks, window) and compare.
+
+    Args:
+        lengths: Of the prompts, tokens.
+        settings: More of ``vllm.LLM``'s; ``triton_interpreter`` belongs to the policy.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.helpers.dense_reference import DenseReference
+    from tests.helpers.engine import model_runner
+
+    section = {
+        "num_sink_tokens": sinks,
+        "window_size": window,
+        "triton_interpreter": settings.pop("triton_interpreter", False),
+    }
+    llm = LLM(
+        model,
+        dtype="float32",
+        attention_backend="sink",
+        additional_config={"sink": section},
+        max_model_len=max(lengths) + max_tokens,
+        max_num_seqs=8,
+        max_num_batched_tokens=max(lengths) // 3,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        **settings,
+    )
+    kind = type(model_runner(llm))
+    mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    prompts = random_prompts(lengths)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=0,
+        prompt_logprobs=0,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False
+    )
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    reference = DenseReference(model)
+    outcome = Outcome(f"{kind.__module__}.{kind.__name__}", str(mode), 0, 0, 0, 0)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        reply = output.outputs[0]
+        tokens = prompt + list(reply.token_ids)
+        entries = [*output.prompt_logprobs[1:], *reply.logprobs]
+        got = torch.tensor(
+            [e[t].logprob for e, t in zip(entries, tokens[1:], strict=True)]
+        )
+        want = reference.logprobs(tokens, sinks, window)
+        error = (got - want).abs().nan_to_num(torch.inf)
+        split = len(prompt) - 1
+        dense = reference.logprobs(tokens, sinks, len(tokens))
+        shown = (dense - want).abs().max().item()
+        outcome.prompt_error = max(outcome.prompt_error, error[:split].max().item())
+        outcome.reply_error = max(outcome.reply_error, error[split:].max().item())
+        outcome.without_policy = max(outcome.without_policy, shown)
+        outcome.num_tokens = max(outcome.num_tokens, len(tokens))
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--interpret", action="store_true", help="run without a GPU")
+    args = parser.parse_args()
+    from tests.helpers.random_llama import save_llama
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_llama(folder, vocab_size=VOCABULARY)
+        if args.interpret:
+            policy = {"sinks": 4, "window": 20, "lengths": [61, 33], "max_tokens": 8}
+            settings = {"enforce_eager": True, "triton_interpreter": True}
+        else:
+            # Replies longer than the window: graphs replay across its edge.
+            policy = {"sinks": 4, "window": 60, "lengths": [300, 33], "max_tokens": 150}
+            settings = {"gpu_memory_utilization": 0.3}
+        outcome = check_engine(folder, **policy, block_size=16, **settings)
+    print(outcome)
+    for problem in outcome.problems:
+        print(f"FAILED, {problem}")
+    print(f"engine: {outcome.num_tokens} tokens, {len(outcome.problems)} failed")
+    return int(bool(outcome.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

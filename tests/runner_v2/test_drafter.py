@@ -1,0 +1,71 @@
+"""A drafter model on runner V2: under the policy, exact, and of use."""
+
+import pytest
+from graphs import replay_graphs
+from serving import SMALL, ask, assert_same, random_tokens, serving
+
+from tests.helpers.engine import core
+from tests.helpers.random_llama import save_llama
+
+PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75))]
+NUM_DRAFTS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_llama(tmp_path_factory.mktemp("target"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def other_heads(tmp_path_factory) -> str:
+    changes = {"num_hidden_layers": 1, "num_key_value_heads": 2}
+    return save_llama(tmp_path_factory.mktemp("drafter"), **(SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def want(model):
+    """Without speculation, on runner V1."""
+    with serving(model, "v1") as llm:
+        return ask(llm, PROMPTS, 12)
+
+
+def drafting(model: str, drafter: str):
+    speculation = {
+        "method": "draft_model",
+        "model": drafter,
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    return serving(model, "v2", speculative_config=speculation)
+
+
+def count_steps(llm, monkeypatch) -> list[int]:
+    """Tokens scheduled in each step from now on."""
+    scheduler, sizes = core(llm).scheduler, []
+    schedule = scheduler.schedule
+
+    def count(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        sizes.append(output.total_num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", count)
+    return sizes
+
+
+def test_the_model_drafting_for_itself(model, want, monkeypatch):
+    with drafting(model, model) as llm:
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        assert [len(group.layer_names) for group in groups] == [4]
+        steps = count_steps(llm, monkeypatch)
+        assert_same(ask(llm, PROMPTS, 12), want)
+        # All drafts are right: 11 tokens after the first come 4 a step.
+        assert len(steps) <= 8, steps
+        assert llm.reset_prefix_cache()
+        used = replay_graphs(llm, "FULL", monkeypatch)
+        assert_same(ask(llm, PROMPTS[:1], 12), want[:1])
+        assert set(used) == {"mixed"}
+
+
+def test_a_drafter_with_other_heads(model, other_heads, want):
+    with drafting(model, other_heads) as llm:
+        assert_same(ask(llm, PROMPTS[:1], 12), want[:1])

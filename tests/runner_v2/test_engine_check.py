@@ -1,0 +1,40 @@
+"""The engine's part of scripts/gpu_check.py, on the runner that it is for."""
+
+import pytest
+from engine_check import VOCABULARY, check_engine
+from serving import BLOCK, SINKS, SMALL, WINDOW, lose_sinks
+
+from tests.helpers.random_llama import save_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    return save_llama(folder, **(SMALL | {"vocab_size": VOCABULARY}))
+
+
+def check(model):
+    return check_engine(
+        model,
+        SINKS,
+        WINDOW,
+        [90, 33],
+        4,
+        block_size=BLOCK,
+        enforce_eager=True,
+        triton_interpreter=True,
+    )
+
+
+def test_it_passes(model):
+    outcome = check(model)
+    assert outcome.runner == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+    assert outcome.problems == []
+    assert outcome.num_tokens == 94
+
+
+def test_it_sees_lost_sinks(model, monkeypatch):
+    lose_sinks(monkeypatch)
+    problems = check(model).problems
+    assert any("log-probabilities of the prompt" in problem for problem in problems)
+    assert any("log-probabilities of the reply" in problem for problem in problems)

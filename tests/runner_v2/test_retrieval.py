@@ -1,0 +1,45 @@
+"""Heads that keep everything beside heads under the policy, on runner V2."""
+
+import pytest
+from graphs import replay_graphs
+from serving import (
+    BLOCK,
+    PROMPTS,
+    SMALL,
+    assert_same,
+    first_turn,
+    second_turn,
+    serving,
+)
+
+from tests.helpers.engine import managers
+from tests.helpers.random_llama import save_llama
+from vllm_sink.cache.block_manager import SinkManager
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"), **SMALL)
+
+
+def test_a_layer_that_keeps_everything(model, monkeypatch):
+    policy = {"retrieval_layers": [1]}
+    with serving(model, "v1", policy=policy) as llm:
+        first = first_turn(llm)
+        second = second_turn(llm, first)
+    with serving(model, "v1") as llm:
+        without = first_turn(llm)
+    assert (first[2].logprobs - without[2].logprobs).abs().max() > 1e-2
+    with serving(model, "v2", policy=policy) as llm:
+        kinds = [isinstance(manager, SinkManager) for manager in managers(llm)]
+        assert sorted(kinds) == [False, True]
+        assert_same(first_turn(llm), first)
+        answers = second_turn(llm, first)
+        assert_same(answers, second)
+        assert all(
+            answer.cached >= (len(prompt) - 1) // BLOCK * BLOCK
+            for answer, prompt in zip(answers, PROMPTS[1:], strict=True)
+        )
+        used = replay_graphs(llm, "FULL", monkeypatch)
+        assert_same(first_turn(llm), first)
+        assert set(used) == {"mixed"}

@@ -1,0 +1,128 @@
+"""Runner V2 gives what the CPU path on runner V1 gives; ignoring the policy shows."""
+
+from dataclasses import dataclass
+
+import pytest
+from graphs import replay_graphs
+from serving import (
+    BLOCK,
+    PROMPTS,
+    SINKS,
+    SMALL,
+    WINDOW,
+    Reply,
+    ask,
+    assert_policy_shows,
+    assert_same,
+    first_turn,
+    lose_sinks,
+    random_tokens,
+    scored,
+    second_turn,
+    serving,
+)
+
+from tests.helpers.random_gemma import save_gemma
+from tests.helpers.random_llama import save_llama
+
+
+@dataclass
+class Answers:
+    """What an engine says to each of the tests' questions."""
+
+    first: list[Reply]
+    second: list[Reply]
+    scored: list[Reply]
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def model(request, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "llama":
+        save_llama(folder, **SMALL)
+    else:
+        save_gemma(folder, **SMALL, head_dim=32, sliding_window=24)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def want(model) -> Answers:
+    """The CPU path's, on runner V1."""
+    with serving(model, "v1") as llm:
+        first = first_turn(llm)
+        return Answers(first, second_turn(llm, first), scored(llm))
+
+
+@pytest.fixture(scope="module")
+def llm(model, want):
+    with serving(model, "v2") as llm:
+        yield llm
+
+
+def test_prompts_in_chunks_and_prefix_hits(llm, want):
+    assert_same(first_turn(llm), want.first)
+    answers = second_turn(llm, want.first)
+    assert_same(answers, want.second)
+    with_a_gap = SINKS + WINDOW + 2 * BLOCK
+    assert all(answer.cached >= with_a_gap for answer in answers)
+
+
+def test_every_token_of_a_prompt(llm, want):
+    assert_same(scored(llm), want.scored)
+
+
+@pytest.mark.parametrize(
+    "model, mode, kinds",
+    [
+        ("llama", "FULL_DECODE_ONLY", {"decode"}),
+        ("llama", "FULL", {"mixed"}),
+        ("llama", "FULL_AND_PIECEWISE", {"decode", "piecewise"}),
+        ("hybrid", "FULL", {"mixed"}),
+    ],
+    indirect=["model"],
+)
+def test_graphs(llm, want, monkeypatch, mode, kinds):
+    used = replay_graphs(llm, mode, monkeypatch)
+    assert_same(first_turn(llm), want.first)
+    assert set(used) == kinds, used
+
+
+def ignore_in_kernels(monkeypatch, **changes) -> None:
+    from vllm_sink.attention import gpu
+
+    for name in ("sink_decode", "sink_prefill"):
+        launcher = getattr(gpu, name)
+
+        def ignore(*args, launcher=launcher, **kwargs):
+            sinks = kwargs["num_sink_tokens"]
+            return launcher(*args, **(kwargs | (changes if sinks else {})))
+
+        monkeypatch.setattr(gpu, name, ignore)
+
+
+def test_a_wider_mask_shows(llm, want, monkeypatch):
+    ignore_in_kernels(monkeypatch, window_size=WINDOW + 1)
+    assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
+
+
+def test_a_missing_turn_shows(llm, want, monkeypatch):
+    ignore_in_kernels(monkeypatch, cos_sin_cache=None)
+    assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
+
+
+def test_missing_eviction_shows(llm, monkeypatch):
+    from vllm_sink.cache.block_manager import SinkManager
+
+    monkeypatch.setattr(SinkManager, "remove_skipped_blocks", lambda *a, **k: None)
+    try:
+        with pytest.raises(AssertionError, match=r"holds \d+ blocks of"):
+            ask(llm, [random_tokens(3, 230)], 1)
+    finally:
+        monkeypatch.undo()
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+
+
+def test_a_lost_sink_block_shows(llm, want, monkeypatch):
+    lose_sinks(monkeypatch)
+    assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
