@@ -80,6 +80,26 @@ def path(tmp_path_factory):
     )
 
 
+@pytest.mark.parametrize(
+    "positions, window", [("cache", WINDOW), ("absolute", WINDOW), ("cache", 4096)]
+)
+def test_no_position_is_past_the_table(path, monkeypatch, positions, window):
+    """Also where no query is turned: by choice, or because nothing is evicted."""
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    with (
+        pytest.raises(ValueError, match="<= 2048, the rows of the rotary .* got 3000"),
+        sink_engine(
+            path,
+            SINKS,
+            window,
+            positions=positions,
+            max_model_len=3000,
+            skip_tokenizer_init=True,
+        ),
+    ):
+        pass
+
+
 def logprobs_at(llm, tokens: list[int], offset: int) -> torch.Tensor:
     """[SCORED]: of the text's end, ``offset`` tokens after its sinks.
 

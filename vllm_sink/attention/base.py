@@ -46,7 +46,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
+from vllm_sink.attention.rotation import (
+    Rotation,
+    check_table,
+    find_rotation,
+    measured_rotation,
+)
 from vllm_sink.attention.rotation_exact import trained_length
 from vllm_sink.attention.rotation_measure import measure_rotations
 from vllm_sink.cache import start_line
@@ -163,6 +168,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.groups = real[0].groups
             self.group = self.groups.register(heads)
             self.layers.update({head.owner.layer_name: head.owner for head in real})
+        self._check_tables(vllm_config)
         self.block_size = kv_cache_spec.block_size
         if config.has_retrieval:
             trained = trained_length(vllm_config.model_config)
@@ -185,6 +191,13 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             assert len(windows) == 1, f"one group, several windows: {windows}"
             self.policy = RetentionPolicy(0, windows.pop())
 
+    def _check_tables(self, vllm_config: VllmConfig) -> None:
+        """Whatever was measured has a row for every position, turned or not."""
+        for name, layer in self.layers.items():
+            rotation = measured_rotation(layer)
+            if rotation is not None:
+                check_table(name, rotation, vllm_config.model_config.max_model_len)
+
     def _find_rotations(self, config: SinkConfig, max_model_len: int) -> None:
         reached = self.policy.budget < max_model_len
         if config.sink_positions == "absolute" or not config.num_sink_tokens:
@@ -195,7 +208,6 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             rotation = find_rotation(name, layer)
             if rotation is None:
                 continue
-            check_table(name, rotation, max_model_len)
             layer.impl.rotation = rotation
             self.rotations[id(rotation.cos_sin_cache)] = rotation
 

@@ -88,6 +88,12 @@ def is_measured(layer: torch.nn.Module) -> bool:
     return layer in _measured
 
 
+def measured_rotation(layer: torch.nn.Module) -> Rotation | None:
+    """What was found; None also where nothing was measured, or nothing fits."""
+    found = _measured.get(layer)
+    return found if isinstance(found, Rotation) else None
+
+
 def find_rotation(layer_name: str, layer: torch.nn.Module) -> Rotation | None:
     """The rotation of the keys of ``layer``; None: they are not rotated.
 
