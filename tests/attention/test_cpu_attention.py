@@ -19,14 +19,14 @@ from vllm_sink.attention.rotation import Rotation
 SIZE, DIM = 16, 32
 
 
-def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
+def make_batch(heads, kv_heads, lengths, policy, *, seed=0, dim=DIM):
     """Permuted blocks; NaN wherever no query of the step may look."""
     torch.manual_seed(seed)
     sinks, window = policy
     width = max(-(-seq_len // SIZE) for _, seq_len in lengths)
     num_blocks = 1 + width * len(lengths)
     order = (torch.randperm(num_blocks - 1) + 1).tolist()
-    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, DIM), float("nan"))
+    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, dim), float("nan"))
     # Stale ids, out of range, wherever a row isn't filled in below.
     table = torch.full((len(lengths), width), num_blocks + 7, dtype=torch.int32)
     starts = [0]
@@ -43,9 +43,9 @@ def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
                 table[row, block] = block_id = order.pop()
                 slots = torch.tensor(seen) % SIZE
                 for offset in (0, SIZE):
-                    shape = (kv_heads, len(seen), DIM)
+                    shape = (kv_heads, len(seen), dim)
                     pages[block_id, :, slots + offset] = torch.randn(shape)
-    q = torch.randn(starts[-1], heads, DIM)
+    q = torch.randn(starts[-1], heads, dim)
     return q, pages, table, starts, [seq_len for _, seq_len in lengths]
 
 
@@ -159,13 +159,20 @@ def test_every_case_of_a_tile_edge():
         assert torch.allclose(part, whole[position : position + size], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype, dim",
+    [
+        *[(torch.bfloat16, dim) for dim in (20, 32, 40, 80, 96)],
+        *[(torch.float16, dim) for dim in (20, 32)],
+        *[(torch.float32, dim) for dim in (17, 40, 80, 256)],
+    ],
+)
 @pytest.mark.parametrize("decode_queries", [0, 1000])
-def test_16_bit_caches(dtype, decode_queries):
+def test_caches_of_any_dtype_and_head_size(dtype, dim, decode_queries):
     """As exact as the reference is on the same rounded inputs, and rounded once."""
     policy = (4, 60)
-    lengths = [(1, 130), (3, 3), (40, 81)]
-    q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy)
+    lengths = [(1, 130), (3, 3), (40, 181)]
+    q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy, dim=dim)
     q, pages = q.to(dtype), pages.to(dtype)
     plan = attention.plan(
         [Kind(table, *policy)],
@@ -314,7 +321,7 @@ from vllm_sink_kernels.cpu import micro
 assert micro.LANES == 8 and not micro.HAS_DOT, micro.FEATURES
 import torch
 from tests.attention import test_cpu_attention as tests
-tests.test_16_bit_caches(torch.bfloat16, 8)
+tests.test_caches_of_any_dtype_and_head_size(torch.bfloat16, 40, 8)
 """
     subprocess.run(
         [sys.executable, "-c", code], check=True, timeout=300, env=environment
