@@ -39,7 +39,7 @@ from vllm_sink_kernels.cpu.rows import (
     Tiles,
     Turns,
 )
-from vllm_sink_kernels.cpu.span import KEYS, add_logits, merge, span
+from vllm_sink_kernels.cpu.span import KEYS, PITCH, add_logits, merge, span
 
 # Floats of keys and values up to which one thread is as fast as two, of which the
 # other has to wake (SmolLM2-135M on two cores: up to 170 keys).
@@ -47,7 +47,7 @@ SERIAL_FLOATS = 64 * 1024
 
 Job, _SIGNATURE = native.job_type(
     "FlashJob",
-    FIELDS + "q q_stride out out_stride max_queries max_parts part_blocks partial "
+    FIELDS + "q q_stride out out_stride max_parts partial "
     "num_done threads scratch scratch_bytes",
     "scale soft_cap",
 )
@@ -80,17 +80,14 @@ def attend_tiles(
     job.q, job.q_stride = q.data_ptr(), q.stride(0)
     job.out, job.out_stride = result.data_ptr(), result.stride(0)
     job.scale, job.soft_cap = scale, soft_cap
-    job.max_queries, job.part_blocks = tiles.max_queries, tiles.part_blocks
-    job.max_parts = max(tiles.max_parts[kind] for kind in caches.heads_of_kind)
-    rows = tiles.max_queries * (num_heads // caches.num_heads)
-    if job.max_parts > 1:
-        parts = job.num_tiles * job.max_parts * caches.num_heads
-        job.partial = tiles.scratch("parts", 4 * parts * rows * (head_size + 2))
+    size = tiles.size(caches, num_heads)
+    job.max_parts = size.max_parts
+    if size.max_parts > 1:
+        job.partial = tiles.scratch("parts", size.parts_bytes)
     job.num_done = tiles.zeros("done", job.num_tiles * caches.num_heads, np.int64)
-    num_floats = tiles.num_floats(caches.kinds, head_size)
-    num_threads = torch.get_num_threads() if num_floats > SERIAL_FLOATS else 1
+    num_threads = torch.get_num_threads() if size.num_floats > SERIAL_FLOATS else 1
     # q twice, its bits, scores, sums; a maximum and a denominator a row.
-    floats = rows * (3 * head_size + head_size // 2 + KEYS + 2) + 8 * LANES
+    floats = size.num_rows * (3 * head_size + head_size // 2 + PITCH + 2) + 8 * LANES
     job.scratch_bytes = -(-4 * floats // 64) * 64
     job.scratch = tiles.scratch("tiles", num_threads * job.scratch_bytes)
     job.threads = tiles.counter()
@@ -134,12 +131,12 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
         all_rows = job.max_queries * group
         # This thread's memory.
         at_scores = job.scratch + take(job.threads, 1) * job.scratch_bytes
-        at_sums = at_scores + 4 * all_rows * KEYS
+        at_sums = at_scores + 4 * all_rows * PITCH
         at_query = at_sums + 4 * all_rows * head_size
         at_turned = at_query + 4 * all_rows * head_size
         at_bits = at_turned + 4 * all_rows * head_size
         at_tops = at_bits + 2 * all_rows * head_size
-        scores = array(at_scores, (all_rows, KEYS), np.float32)
+        scores = array(at_scores, (all_rows, PITCH), np.float32)
         sums = array(at_sums, (all_rows, head_size), np.float32)
         query = array(at_query, (all_rows, head_size), np.float32)
         turned = array(at_turned, (all_rows, head_size), np.float32)

@@ -20,7 +20,7 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 
 # The fields of a job that :meth:`Rows.job` fills in; strides count elements.
 FIELDS = (
-    "num_tiles tiles num_kinds kinds turns half is_neox "
+    "num_tiles tiles max_queries part_blocks num_kinds kinds turns half is_neox "
     "caches head_kinds block_bytes num_heads num_kv_heads head_size block_size "
     "sink_logits "
 )
@@ -107,6 +107,23 @@ class Turns:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a layer's work amounts to.
+
+    Args:
+        max_parts: Most parts of a tile's keys.
+        num_rows: Most rows of a tile: its queries times HQ / HKV.
+        parts_bytes: Memory of all parts' results.
+        num_floats: Keys and values that are read, at most.
+    """
+
+    max_parts: int
+    num_rows: int
+    parts_bytes: int
+    num_floats: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     """Queries of a step, a few consecutive ones of a request at a time.
 
@@ -126,6 +143,7 @@ class Tiles:
     # Jobs and scratch memory of the layer that runs; layers run one by one.
     _jobs: dict[type, ctypes.Structure] = field(default_factory=dict, repr=False)
     _zeros: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _sizes: dict[tuple, Size] = field(default_factory=dict, repr=False)
 
     # Once a step, not once a layer, as all that follows.
     @functools.cached_property
@@ -160,10 +178,24 @@ class Tiles:
             for k in self.kinds
         )
 
-    def num_floats(self, kinds: Sequence[int], head_size: int) -> int:
-        """Keys and values that heads of these kinds read, at most."""
+    def size(self, caches: HeadCaches, num_heads: int) -> Size:
+        """What a layer's work amounts to; computed once a step and kind of layer."""
+        key = (caches.kinds, num_heads, caches.head_size)
+        if key not in self._sizes:
+            self._sizes[key] = self._new_size(*key)
+        return self._sizes[key]
+
+    def _new_size(self, kinds: tuple[int, ...], num_heads: int, dim: int) -> Size:
         keys = sum(self.max_keys[kind] for kind in kinds)
-        return 2 * len(self.tiles) * keys * head_size
+        parts = max(self.max_parts[kind] for kind in kinds)
+        num_rows = self.max_queries * (num_heads // len(kinds))
+        all_rows = len(self.tiles) * len(kinds) * num_rows
+        return Size(
+            max_parts=parts,
+            num_rows=num_rows,
+            parts_bytes=4 * parts * all_rows * (dim + 2),
+            num_floats=2 * len(self.tiles) * keys * dim,
+        )
 
     def job(
         self,
@@ -188,12 +220,14 @@ class Tiles:
                 tiles=self.tiles.ctypes.data,
                 num_kinds=len(self.kinds),
                 kinds=self._kinds.ctypes.data,
+                max_queries=self.max_queries,
+                part_blocks=self.part_blocks,
+                turns=self._no_turns.ctypes.data,
             )
         assert caches.block_size == self.block_size, caches.block_size
         for name, value in caches.fields.items():
             setattr(job, name, value)
-        job.num_heads, job.half = num_heads, 0
-        job.turns = self._no_turns.ctypes.data
+        job.num_heads, job.half = num_heads, 0  # no turn
         if turns is not None:
             assert len(turns.pairs) == len(self.kinds), turns.pairs
             for name, value in turns.fields.items():

@@ -14,11 +14,13 @@ from numba import types
 from numba.extending import overload
 
 from vllm_sink_kernels.cpu import micro
-from vllm_sink_kernels.cpu.micro import LANES, ROWS, largest
+from vllm_sink_kernels.cpu.micro import LANES, ROWS, exp_sum, largest
 from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp
 
 # Keys of a softmax.
 KEYS = 256
+# From a row of scores to the next: a vector more, which a softmax may write.
+PITCH = KEYS + LANES
 # Values of a product: their page stays in the first-level cache.
 VALUES = 64
 
@@ -86,7 +88,7 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             [low + slope t, high + t) of these; first is a multiple of LANES.
         options: The tile's queries, G, scale, soft_cap.
         cache: Address of block 0's page, bytes of a block, N, D and the blocks.
-        state: scores [M, KEYS], sums [M, D], tops [M], totals [M], changed.
+        state: scores [M, PITCH], sums [M, D], tops [M], totals [M], changed.
     """
     first, end, low, slope, high = seen
     count, group, scale, soft_cap = options
@@ -106,7 +108,7 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
         if start >= stop:
             continue
         m0, rows = t0 * group, (t1 - t0) * group
-        at_rows = at_scores + 4 * m0 * KEYS
+        at_rows = at_scores + 4 * m0 * PITCH
         k = start // LANES * LANES
         while k < stop:
             offset = k % block_size
@@ -125,7 +127,7 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
                     at_keys,
                     key_row,
                     to,
-                    4 * KEYS,
+                    4 * PITCH,
                     steps,
                     rows,
                     vectors,
@@ -138,7 +140,7 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
                     at_keys,
                     key_row,
                     to,
-                    4 * KEYS,
+                    4 * PITCH,
                     steps,
                     rows,
                     vectors,
@@ -150,7 +152,8 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             b = max(a, min(stop, high + t) - first)
             row = scores[m]
             if a < b:
-                _softmax(row, a, b, scale, soft_cap, m, sums[m], tops, totals)
+                at_row = at_scores + 4 * (m * PITCH + a)
+                _softmax(at_row, b - a, scale, soft_cap, m, sums[m], tops, totals)
             row[start - first : a] = 0.0
             row[b : stop - first] = 0.0
         k = start
@@ -162,7 +165,7 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             _values_product(
                 dtype,
                 at_rows + 4 * (k - first),
-                4 * KEYS,
+                4 * PITCH,
                 at_value,
                 value_row,
                 at_sums + 4 * m0 * head_size,
@@ -182,22 +185,27 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
 
 
 @numba.njit(inline="never", **OPTIONS)
-def _softmax(row, a, b, scale, soft_cap, m, sums, tops, totals):
-    """Scores ``row[a:b]`` become weights; what was summed before is scaled down."""
+def _softmax(address, n, scale, soft_cap, m, sums, tops, totals):
+    """``n`` scores become weights; what was summed before is scaled down.
+
+    Args:
+        address: Of the scores, float32. The vector after the last may be written.
+        sums: [D] of row ``m``.
+    """
+    count = (n + LANES - 1) // LANES
+    row = array(address, count * LANES, np.float32)
     if soft_cap > 0.0:
         twice = np.float32(-2.0) * scale / soft_cap
-        for i in range(a, b):  # tanh
+        for i in range(n):  # tanh
             x = row[i]
             e = exp(twice * abs(x))
             y = soft_cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
             row[i] = y if x >= np.float32(0.0) else -y
         scale = np.float32(1.0)
-    top = max(tops[m], scale * largest(row, a, b))
-    total = np.float32(0.0)
-    for i in range(a, b):
-        weight = exp(row[i] * scale - top)
-        row[i] = weight
-        total += weight
+    for i in range(count * LANES - n):
+        row[n + i] = -np.inf
+    top = max(tops[m], scale * largest(address, count))
+    total = exp_sum(address, count, scale, top)
     if totals[m] != np.float32(0.0):
         old = exp(tops[m] - top)
         if old != np.float32(1.0):
