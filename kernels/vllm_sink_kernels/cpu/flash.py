@@ -7,6 +7,7 @@ query; the rest meet the query as it is. A tile's keys are taken :data:`KEYS` at
 time: products with all its queries, their softmax, products with the values. Where
 a span is only partly visible, at the edges of the window, it is taken for a few
 queries at a time and only from the first key that one of them sees to the last.
+Nothing but the products of whole vectors at those ends is computed in vain.
 
 Whichever thread finishes a head's last part merges them, in the parts' order.
 
@@ -26,7 +27,7 @@ from numba.extending import overload
 
 from vllm_sink_kernels.cpu import micro, native
 from vllm_sink_kernels.cpu.heads import HeadCaches
-from vllm_sink_kernels.cpu.micro import LANES
+from vllm_sink_kernels.cpu.micro import LANES, ROWS
 from vllm_sink_kernels.cpu.native import OPTIONS, array, at, put, take
 from vllm_sink_kernels.cpu.rows import (
     COS,
@@ -222,14 +223,20 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
             end = min(
                 last + 1, (first_block + (i_part + 1) * job.part_blocks) * block_size
             )
-            for first in range(begin // LANES * LANES, end, KEYS):
-                seen = (
-                    first,
-                    min(first + KEYS, end),
-                    position - window_size + 1,
-                    1,
-                    position + 1,
-                )
+            first = begin // LANES * LANES
+            # All queries see [inner, outer): taken by itself, at full speed.
+            inner, outer = first, end
+            if num_rows > ROWS:
+                inner = max(first, (last - window_size + LANES) // LANES * LANES)
+                outer = max(inner, (position + 1) // LANES * LANES)
+            while first < end:
+                stop = min(first + KEYS, end)
+                if first < inner:
+                    stop = min(stop, inner)
+                elif first < outer:
+                    stop = min(stop, outer)
+                seen = (first, stop, position - window_size + 1, 1, position + 1)
+                first = stop
                 span(
                     dtype,
                     q_storage,

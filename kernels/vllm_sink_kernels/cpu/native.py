@@ -74,9 +74,15 @@ def run(loop: Any, job: ctypes.Structure, num_threads: int) -> None:
     job.next_item = 0  # type: ignore[attr-defined]
     parallel = _parallel()
     if num_threads == 1 or parallel is None:
-        loop.ctypes(ctypes.byref(job))
+        _serial(loop)(ctypes.byref(job))
     else:
         parallel(loop.address, ctypes.byref(job), num_threads, 0)
+
+
+@functools.cache
+def _serial(loop: Any) -> Callable:
+    """The loop as Python calls it; Numba's ``loop.ctypes`` is made anew each time."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loop.address)
 
 
 @functools.cache

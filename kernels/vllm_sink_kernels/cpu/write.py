@@ -56,7 +56,8 @@ def _job(key, value, caches, slots) -> Any:
 
 def _storable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x`` in the dtype, a token's [HKV, D] consecutive."""
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
