@@ -33,7 +33,17 @@ NUM_SINK_TOKENS, WINDOW_SIZE = 4, 1024
 MEASURED = ("benchmark", "engine", "metric", "context", "value", "p20", "p80")
 MEASURED += ("unit", "n")
 SETTINGS = ("num_sink_tokens", "window_size", "model", "dtype")
-WHERE = ("machine", "cores", "vllm", "torch", "commit", "date", "command")
+WHERE = (
+    "machine",
+    "cpu_flags",
+    "cores",
+    "threads",
+    "vllm",
+    "torch",
+    "commit",
+    "date",
+    "command",
+)
 FIELDS = MEASURED + SETTINGS + WHERE
 
 
@@ -59,9 +69,14 @@ class Measurement:
 
 
 class Table:
-    """Rows of one benchmark; every row carries where it was measured."""
+    """Rows of one benchmark; every row carries where it was measured.
+
+    Args:
+        dtype: Of the model and its cache in the rows that follow; may be set anew.
+    """
 
     def __init__(self, benchmark: str, model: str, dtype: str = "float32") -> None:
+        self.dtype = dtype
         self.benchmark = benchmark
         self.path = RESULTS / f"{benchmark}.csv"
         self.rows: list[dict[str, object]] = []
@@ -70,8 +85,9 @@ class Table:
             "num_sink_tokens": NUM_SINK_TOKENS,
             "window_size": WINDOW_SIZE,
             "model": Path(model).name,
-            "dtype": dtype,
             "machine": machine(),
+            "cpu_flags": cpu_flags(),
+            "threads": os.environ["OMP_NUM_THREADS"],
             "cores": len(os.sched_getaffinity(0)),
             "vllm": importlib.metadata.version("vllm"),
             "torch": importlib.metadata.version("torch"),
@@ -93,6 +109,7 @@ class Table:
         self.rows.append(
             {
                 **self.common,
+                "dtype": self.dtype,
                 "engine": engine,
                 "metric": metric,
                 "context": context,
@@ -134,6 +151,26 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
+# What decides how fast a CPU multiplies, of the kernel's names.
+VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+VECTOR_FLAGS += ("asimd", "bf16", "sve")
+
+
+def cpu_flags() -> str:
+    """The CPU's vector extensions, separated by spaces."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            known = line.split(":", 1)[1].split()
+            return " ".join(flag for flag in VECTOR_FLAGS if flag in known)
+    return ""
+
+
+def fast_dtype() -> str:
+    """bfloat16 where the CPU multiplies it, else float32."""
+    native = {"avx512_bf16", "amx_bf16", "bf16"}
+    return "bfloat16" if native & set(cpu_flags().split()) else "float32"
+
+
 def commit() -> str:
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
@@ -160,6 +197,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         default=os.environ.get("VLLM_SINK_TEST_MODEL", str(ROOT / ".models/smollm2")),
         help="model folder (default: what scripts/setup_env.sh converts)",
     )
+    result.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16", "float16"],
+    )
     result.add_argument("--quick", action="store_true", help="the README's figures")
     return result
 
@@ -184,10 +227,18 @@ class Engine:
     Args:
         name: "sink" or "stock".
         max_model_len: Tokens; the rotary table is extended to them.
+        dtype: Of the weights and the cache.
         kwargs: vLLM's engine arguments.
     """
 
-    def __init__(self, name: str, model: str, max_model_len: int, **kwargs) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        max_model_len: int,
+        dtype: str = "float32",
+        **kwargs,
+    ) -> None:
         from vllm import LLM
 
         if name == "sink":
@@ -201,7 +252,7 @@ class Engine:
         self.name = name
         self.llm = LLM(
             model,
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             max_model_len=max_model_len,
             hf_overrides={"max_position_embeddings": max_model_len},
@@ -232,8 +283,21 @@ class Engine:
             self.num_output_tokens = len(output.outputs[0].token_ids)
         return elapsed
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self.engine.engine_core.shutdown()
+        del self.engine, self.llm
+
     def is_busy(self) -> bool:
         return self.engine.has_unfinished_requests()
+
+    def waiting(self) -> bool:
+        """Whether a request still waits for its first token."""
+        scheduler = self.scheduler
+        return bool(scheduler.waiting) or any(
+            request.num_computed_tokens < request.num_prompt_tokens
+            for request in scheduler.running
+        )
 
     @property
     def scheduler(self):

@@ -47,9 +47,19 @@ def curves(axis, rows, metric: str, title: str, unit: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def of_one_dtype(rows):
+    """The rows of the dtype that is fast on the machine they come from."""
+    native = {"avx512_bf16", "amx_bf16", "bf16"}
+    flags = (rows[0].get("cpu_flags") or "").split() if rows else []
+    wanted = "bfloat16" if native & set(flags) else "float32"
+    return [row for row in rows if row["dtype"] == wanted] or rows
+
+
 def machine_of(rows) -> str:
     row = rows[0]
-    return f"{row['model']}, {row['dtype']}, {row['cores']} cores of {row['machine']}"
+    text = f"{row['model']}, {row['dtype']}, {row['cores']} cores of {row['machine']}"
+    flags = row.get("cpu_flags")
+    return f"{text} ({flags})" if flags else text
 
 
 def save(figure, name: str, rows) -> None:
@@ -62,7 +72,7 @@ def save(figure, name: str, rows) -> None:
 
 
 def stream() -> None:
-    rows = common.read("stream")
+    rows = of_one_dtype(common.read("stream"))
     if not rows:
         return
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))

@@ -8,7 +8,14 @@ import time
 
 from benchmarks import common
 
-BENCHMARKS = ("stream", "capacity", "peers", "manager_cost")
+BENCHMARKS = (
+    "stream",
+    "batches",
+    "attention",
+    "capacity",
+    "peers",
+    "manager_cost",
+)
 
 
 def main() -> None:
@@ -19,7 +26,7 @@ def main() -> None:
     failed = []
     for name in args.only:
         command = [sys.executable, "-m", f"benchmarks.{name}"]
-        if name != "manager_cost":  # runs no model
+        if name not in ("manager_cost", "attention"):  # these run no model
             command += ["--model", args.model]
             command += ["--quick"] if args.quick else []
         if name == "peers" and args.llama_python:

@@ -84,20 +84,24 @@ def main() -> None:
     table = common.Table("stream", args.model)
     tokens = common.prose(args.model, sink_length)
     max_model_len = sink_length + args.steps + 16
-    engines = [
-        (common.Engine("sink", args.model, max_model_len), sink_length),
-        (common.Engine("stock", args.model, max_model_len), stock_length),
-    ]
-    for engine, _ in engines:  # warm-up: compilation, allocation
-        engine.add(tokens[-1500:], 4)
-        while engine.is_busy():
-            engine.step()
-    prefill(engines, tokens, table)
-    table.save()
     contexts = [c for c in (*SHORT, *long) if c <= sink_length]
-    decode(engines, tokens, contexts, table, rounds=args.rounds, steps=args.steps)
-    recompute(engines[1][0], tokens, table)
-    table.save()
+    for dtype in args.dtypes:
+        table.dtype = dtype
+        engines = [
+            (common.Engine("sink", args.model, max_model_len, dtype), sink_length),
+            (common.Engine("stock", args.model, max_model_len, dtype), stock_length),
+        ]
+        for engine, _ in engines:  # warm-up: compilation, allocation
+            engine.add(tokens[-1500:], 4)
+            while engine.is_busy():
+                engine.step()
+        prefill(engines, tokens, table)
+        table.save()
+        decode(engines, tokens, contexts, table, rounds=args.rounds, steps=args.steps)
+        recompute(engines[1][0], tokens, table)
+        table.save()
+        for engine, _ in engines:
+            engine.close()
 
 
 if __name__ == "__main__":

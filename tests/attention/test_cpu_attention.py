@@ -1,29 +1,32 @@
 """The CPU path's plan and tiles against the kernels' reference."""
 
 import itertools
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
 from vllm_sink_kernels import reference
-from vllm_sink_kernels.cpu import attention, decode, write
+from vllm_sink_kernels.cpu import attention, flash, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
+from tests.helpers.pages import loaded, stored
 from vllm_sink.attention.rotation import Rotation
 
 SIZE, DIM = 16, 32
 
 
-def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
+def make_batch(heads, kv_heads, lengths, policy, *, seed=0, dim=DIM):
     """Permuted blocks; NaN wherever no query of the step may look."""
     torch.manual_seed(seed)
     sinks, window = policy
     width = max(-(-seq_len // SIZE) for _, seq_len in lengths)
     num_blocks = 1 + width * len(lengths)
     order = (torch.randperm(num_blocks - 1) + 1).tolist()
-    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, DIM), float("nan"))
+    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, dim), float("nan"))
     # Stale ids, out of range, wherever a row isn't filled in below.
     table = torch.full((len(lengths), width), num_blocks + 7, dtype=torch.int32)
     starts = [0]
@@ -40,15 +43,15 @@ def make_batch(heads, kv_heads, lengths, policy, *, seed=0):
                 table[row, block] = block_id = order.pop()
                 slots = torch.tensor(seen) % SIZE
                 for offset in (0, SIZE):
-                    shape = (kv_heads, len(seen), DIM)
+                    shape = (kv_heads, len(seen), dim)
                     pages[block_id, :, slots + offset] = torch.randn(shape)
-    q = torch.randn(starts[-1], heads, DIM)
+    q = torch.randn(starts[-1], heads, dim)
     return q, pages, table, starts, [seq_len for _, seq_len in lengths]
 
 
 def attend(q, pages, plan, out, **options):
     """All heads of one kind, kept in one tensor."""
-    attention.attend(q, HeadCaches.of_layer(pages), plan, out, **options)
+    attention.attend(q, HeadCaches.of_layer(stored(pages)), plan, out, **options)
 
 
 def table_rows(rotary_dim: int) -> torch.Tensor:
@@ -106,28 +109,39 @@ def test_attend_equals_reference(
 
 
 def test_work_does_not_grow_with_the_stream():
-    """The plan of one decoded token gathers the same at 1,000 and 1,000,000."""
+    """The plan of one decoded token reads the same at 1,000 and 100,000."""
     work = []
-    for seq_len in (1000, 1_000_000):
+    for seq_len in (1000, 100_000):
         table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
         kinds = [Kind(table, 4, 60)]
         token = attention.plan(kinds, [0, 1], [seq_len], block_size=SIZE).decode
         plan = attention.plan(kinds, [0, 100], [seq_len], block_size=SIZE)
-        ((chunk,),) = plan.chunks
-        work.append((*token.max_keys, len(token.rows), len(chunk.blocks)))
-        assert len(chunk.blocks) <= -(-(59 + 100) // SIZE) + 1
-    assert work[0][:2] == work[1][:2] == (64, 1)
+        work.append((*token.max_keys, *token.max_parts, len(plan.prefill.tiles)))
+        # The table's other entries are out of memory's range.
+        table[:, 1 : -(-(seq_len - 200) // SIZE)] = 2**31 - 1
+        pages = torch.randn(-(-seq_len // SIZE), 1, 2 * SIZE, DIM)
+        out = torch.empty(100, 1, DIM)
+        attend(torch.randn(100, 1, DIM), pages, plan, out, scale=1.0)
+        assert out.isfinite().all()
+    assert work[0] == work[1] == (64, 1, 4)
 
 
-def test_write_kv_places_tokens():
-    pages = torch.zeros(3, 2, 2 * SIZE, DIM)
-    key, value = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM)
-    slots = Slots.of_kinds([torch.tensor([2 * SIZE + 5, SIZE, -1])])
-    write.write_kv(key, value, HeadCaches.of_layer(pages), slots)
-    for token, (block, slot) in enumerate([(2, 5), (1, 0)]):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_write_kv_places_tokens(dtype):
+    cache = torch.zeros(3, 2, 2 * SIZE, DIM, dtype=dtype)
+    # More tokens than an item of work has; all but the first three are padding.
+    key, value = torch.randn(2, 200, 2, DIM).to(dtype)
+    slots = torch.full((200,), -1)
+    slots[:3] = torch.tensor([2 * SIZE + 5, SIZE, -1])
+    slots[199] = 7
+    heads = HeadCaches.of_layer(cache)
+    write.write_kv(key, value, heads, Slots.of_kinds([slots]))
+    pages = loaded(cache)
+    assert torch.equal(stored(pages), cache)
+    for token, block, slot in [(0, 2, 5), (1, 1, 0), (199, 0, 7)]:
         assert torch.equal(pages[block, :, slot], key[token])
         assert torch.equal(pages[block, :, slot + SIZE], value[token])
-    assert int((pages != 0).sum()) == 2 * 2 * 2 * DIM
+    assert int((pages != 0).sum()) == 3 * 2 * 2 * DIM
 
 
 def test_every_case_of_a_tile_edge():
@@ -145,13 +159,20 @@ def test_every_case_of_a_tile_edge():
         assert torch.allclose(part, whole[position : position + size], atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype, dim",
+    [
+        *[(torch.bfloat16, dim) for dim in (20, 32, 40, 80, 96)],
+        *[(torch.float16, dim) for dim in (20, 32)],
+        *[(torch.float32, dim) for dim in (17, 40, 80, 256)],
+    ],
+)
 @pytest.mark.parametrize("decode_queries", [0, 1000])
-def test_16_bit_caches(dtype, decode_queries):
+def test_caches_of_any_dtype_and_head_size(dtype, dim, decode_queries):
     """As exact as the reference is on the same rounded inputs, and rounded once."""
     policy = (4, 60)
-    lengths = [(1, 130), (3, 3), (40, 81)]
-    q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy)
+    lengths = [(1, 130), (3, 3), (40, 181)]
+    q, pages, table, starts, seq_lens = make_batch(9, 3, lengths, policy, dim=dim)
     q, pages = q.to(dtype), pages.to(dtype)
     plan = attention.plan(
         [Kind(table, *policy)],
@@ -181,8 +202,8 @@ def test_any_number_of_threads_gives_the_same():
     """Which thread takes which split changes no bit of the result."""
     q, pages, table, starts, seq_lens = make_batch(8, 2, [(3, 390)] * 4, (4, 380))
     kinds = [Kind(table, 4, 380)]
-    num_floats = 2 * len(q) * 384 * 2 * DIM
-    assert num_floats > decode.SERIAL_FLOATS, "one thread is used anyway"
+    num_floats = 2 * 4 * 384 * 2 * DIM
+    assert num_floats > flash.SERIAL_FLOATS, "one thread is used anyway"
     num_threads = torch.get_num_threads()
     results = []
     try:
@@ -246,7 +267,7 @@ def test_heads_with_policies_of_their_own(
     out = torch.full_like(q, float("nan"))
     attention.attend(
         q,
-        HeadCaches.of_heads(caches, kinds_of_heads),
+        HeadCaches.of_heads([stored(x) for x in caches], kinds_of_heads),
         plan,
         out,
         scale=DIM**-0.5,
@@ -277,11 +298,34 @@ def test_write_kv_places_each_heads_tokens_by_its_kind():
     slots = torch.tensor([[SIZE + 5, 0], [2 * SIZE + 1, -1]])
     heads = HeadCaches.of_heads(caches, (0, 1, 0))
     write.write_kv(key, value, heads, Slots.of_kinds(slots.unbind()))
+    caches = [loaded(x) for x in caches]
     places = [(0, 0, 1, 5), (0, 1, 0, 0), (1, 0, 2, 1), (2, 0, 1, 5), (2, 1, 0, 0)]
     for head, token, block, slot in places:
         assert torch.equal(caches[head][block, 0, slot], key[token, head])
         assert torch.equal(caches[head][block, 0, slot + SIZE], value[token, head])
     assert sum(int((x != 0).sum()) for x in caches) == len(places) * 2 * DIM
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86's older vectors")
+def test_a_cpu_with_avx2_only():
+    """Half the lanes, half the registers, no products of bfloat16."""
+    features = "+avx2,+avx,+fma,+f16c,+sse4.2,+sse4.1,+ssse3,+sse3,+bmi,+bmi2,+popcnt"
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": features,
+        "OMP_NUM_THREADS": "2",
+    }
+    code = """
+from vllm_sink_kernels.cpu import micro
+assert micro.LANES == 8 and not micro.HAS_DOT, micro.FEATURES
+import torch
+from tests.attention import test_cpu_attention as tests
+tests.test_caches_of_any_dtype_and_head_size(torch.bfloat16, 40, 8)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=300, env=environment
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -305,6 +349,7 @@ for _ in range(10):
     native.run(loop, job, 4)
 after = set(os.listdir("/proc/self/task"))
 assert len(before) >= 4 and after == before, (before, after)
-assert job.next_item == 100_000 + 4, job.next_item  # every thread came
+pieces = -(-100_000 // write.TOKENS)
+assert job.next_item == pieces + 4, job.next_item  # every thread came
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -1,5 +1,7 @@
 """The real model under the policy equals the dense-mask reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm import SamplingParams
@@ -270,12 +272,13 @@ class TestDisabled:
         return float((got - want).abs().max())
 
     def test_mask(self, model_path, reference, prose, monkeypatch):
-        def causal_only(first, num_keys, _):
-            keys = torch.arange(num_keys)
-            hidden = keys > keys[first:].unsqueeze(1)
-            return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        real = attention.plan
 
-        monkeypatch.setattr(attention, "_bias", causal_only)
+        def causal_only(kinds, *args, **kwargs):
+            kinds = [replace(kind, window_size=1 << 40) for kind in kinds]
+            return real(kinds, *args, **kwargs)
+
+        monkeypatch.setattr(attention, "plan", causal_only)
         assert self.error(model_path, reference, prose[:400]) > 10 * TOLERANCE
 
     def test_turn(self, model_path, reference, prose, monkeypatch):

@@ -213,14 +213,14 @@ class TestNoticed:
     def test_the_table_of_one_group_is_mixed_up(
         self, model_path, expected, prose, monkeypatch
     ):
-        real = rows.Rows._kinds.func
+        real = rows.Tiles._kinds.func
 
         def mixed(self):
             kinds = real(self)
             kinds[1, rows.TABLE] = kinds[2, rows.TABLE]
             return kinds
 
-        monkeypatch.setattr(rows.Rows._kinds, "func", mixed)
+        monkeypatch.setattr(rows.Tiles._kinds, "func", mixed)
         assert self.error(model_path, expected, prose) > 10 * TOLERANCE
 
     def test_the_slots_of_two_groups_are_mixed_up(

@@ -61,7 +61,7 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        attention.compile_for(kv_cache_spec.dtype)
+        attention.compile_for(kv_cache_spec.dtype, vllm_config.model_config.dtype)
 
     def build(
         self,

@@ -19,8 +19,9 @@ class HeadCaches:
 
     Args:
         tensors: HKV tensors [B, 2N, D] float32, bfloat16 or float16, of one
-            dtype and stride: a block's N keys, then its N values, consecutive.
-            They may be views of one tensor or memory of their own.
+            dtype and stride, a block's page consecutive. The numbers stand in
+            the page as :mod:`micro` says. They may be views of one tensor or memory
+            of their own.
         kinds: [HKV], each head's place in the ``kinds`` of a step's plan.
     """
 
@@ -33,6 +34,7 @@ class HeadCaches:
         for x in self.tensors:
             assert (x.dtype, x.stride()) == (first.dtype, first.stride())
             assert x.shape[1:] == first.shape[1:], (x.shape, first.shape)
+        assert first.dtype != torch.bfloat16 or self.head_size % 2 == 0, first.shape
         assert first.stride()[1:] == (first.shape[2], 1), first.stride()
 
     @classmethod

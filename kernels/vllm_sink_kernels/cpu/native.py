@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -34,6 +36,11 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "cache": True,
 }
+# Numba's cache of a loop knows the loop's own file and what its closure holds, not
+# the functions that it calls: each loop's closure holds this digest of all files.
+VERSION = zlib.crc32(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+)
 # Numba has no 16-bit floats: their bits travel as integers of two types.
 STORAGE: dict[torch.dtype, np.dtype] = {
     torch.float32: np.dtype(np.float32),
@@ -67,9 +74,15 @@ def run(loop: Any, job: ctypes.Structure, num_threads: int) -> None:
     job.next_item = 0  # type: ignore[attr-defined]
     parallel = _parallel()
     if num_threads == 1 or parallel is None:
-        loop.ctypes(ctypes.byref(job))
+        _serial(loop)(ctypes.byref(job))
     else:
         parallel(loop.address, ctypes.byref(job), num_threads, 0)
+
+
+@functools.cache
+def _serial(loop: Any) -> Callable:
+    """The loop as Python calls it; Numba's ``loop.ctypes`` is made anew each time."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(loop.address)
 
 
 @functools.cache
@@ -178,15 +191,52 @@ def exp(x):
     return p * _float_of((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
-@numba.njit(**OPTIONS)
-def turned(query, cos, sin, is_neox):
-    """The query's heads [G, D] turned by angles [rotary_dim/2], a copy."""
-    result = query.copy()
-    half = cos.shape[0]
-    for i in range(half):
-        a = i if is_neox else 2 * i
-        b = i + half if is_neox else 2 * i + 1
-        for g in range(query.shape[0]):
-            result[g, a] = query[g, a] * cos[i] - query[g, b] * sin[i]
-            result[g, b] = query[g, b] * cos[i] + query[g, a] * sin[i]
-    return result
+@intrinsic
+def _bits_of(typing_context, x):
+    """The int32 whose bits the float32 has."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _half_of(typing_context, x):
+    """The bits of the nearest IEEE half."""
+
+    def codegen(context, builder, signature, arguments):
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.bitcast(half, ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+def put(row, d, x):
+    """``row[d] = x``, a float32, rounded to nearest even in any storage type."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(put, inline="always")
+def _put_of(row, d, x):
+    if row.dtype == types.uint16:
+
+        def put_bfloat16(row, d, x):
+            bits = _bits_of(x)
+            odd = (bits >> np.int32(16)) & np.int32(1)
+            rounded = (bits + np.int32(0x7FFF) + odd) >> np.int32(16)
+            # A NaN's rounding could carry into the sign.
+            row[d] = np.uint16(rounded if x == x else np.int32(0x7FC0))
+
+        return put_bfloat16
+    if row.dtype == types.int16:
+
+        def put_float16(row, d, x):
+            row[d] = _half_of(x)
+
+        return put_float16
+
+    def put_float32(row, d, x):
+        row[d] = x
+
+    return put_float32

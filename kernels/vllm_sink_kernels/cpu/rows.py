@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 
 # The fields of a job that :meth:`Rows.job` fills in; strides count elements.
 FIELDS = (
-    "num_tokens rows requests positions num_kinds kinds turns half is_neox "
+    "num_tiles tiles max_queries part_blocks num_kinds kinds turns half is_neox "
     "caches head_kinds block_bytes num_heads num_kv_heads head_size block_size "
     "sink_logits "
 )
@@ -106,29 +107,95 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Query rows of a step and what they look at, for all layers.
+class Size:
+    """What a layer's work amounts to.
 
     Args:
-        rows: [T] int64, the queries' rows among the step's tokens.
-        requests: [T] int64, their rows of the block tables.
-        positions: [T] int64.
-        kinds: The step's kinds of KV heads.
+        max_parts: Most parts of a tile's keys.
+        num_rows: Most rows of a tile: its queries times HQ / HKV.
+        parts_bytes: Memory of all parts' results.
+        num_floats: Keys and values that are read, at most.
     """
 
-    rows: np.ndarray
-    requests: np.ndarray
-    positions: np.ndarray
+    max_parts: int
+    num_rows: int
+    parts_bytes: int
+    num_floats: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries of a step, a few consecutive ones of a request at a time.
+
+    Args:
+        tiles: [tiles, 4] int64: a tile's first row among the step's tokens, its
+            number of queries, their row of the block tables and the first's
+            position.
+        kinds: The step's kinds of KV heads.
+        block_size: N, tokens.
+        part_blocks: Blocks of a part of a tile's keys.
+    """
+
+    tiles: np.ndarray
     kinds: tuple[Kind, ...]
+    block_size: int
+    part_blocks: int
     # Jobs and scratch memory of the layer that runs; layers run one by one.
     _jobs: dict[type, ctypes.Structure] = field(default_factory=dict, repr=False)
-    _scratch: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _zeros: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _sizes: dict[tuple, Size] = field(default_factory=dict, repr=False)
 
-    @functools.cached_property  # once a step, not once a layer
+    # Once a step, not once a layer, as all that follows.
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """[T] int64, the queries' rows among the step's tokens."""
+        return np.concatenate([row + np.arange(n) for row, n, _, _ in self.tiles])
+
+    @functools.cached_property
+    def max_queries(self) -> int:
+        """Most queries of a tile."""
+        return int(self.tiles[:, 1].max())
+
+    @functools.cached_property
     def max_keys(self) -> tuple[int, ...]:
-        """Most keys that a query of these sees, for every kind."""
-        last = int(self.positions.max()) + 1
+        """Most keys that a query sees, for every kind."""
+        last = int((self.tiles[:, 1] + self.tiles[:, 3]).max())
         return tuple(min(last, k.num_sink_tokens + k.window_size) for k in self.kinds)
+
+    @functools.cached_property
+    def max_parts(self) -> tuple[int, ...]:
+        """Most parts of a tile's keys, for every kind."""
+        first, last = self.tiles[:, 3], self.tiles[:, 1] + self.tiles[:, 3] - 1
+        return tuple(
+            int(
+                (
+                    last // self.block_size
+                    - np.maximum(first - k.window_size + 1, 0) // self.block_size
+                ).max()
+            )
+            // self.part_blocks
+            + 1
+            for k in self.kinds
+        )
+
+    def size(self, caches: HeadCaches, num_heads: int) -> Size:
+        """What a layer's work amounts to; computed once a step and kind of layer."""
+        key = (caches.kinds, num_heads, caches.head_size)
+        if key not in self._sizes:
+            self._sizes[key] = self._new_size(*key)
+        return self._sizes[key]
+
+    def _new_size(self, kinds: tuple[int, ...], num_heads: int, dim: int) -> Size:
+        keys = sum(self.max_keys[kind] for kind in kinds)
+        parts = max(self.max_parts[kind] for kind in kinds)
+        num_rows = self.max_queries * (num_heads // len(kinds))
+        all_rows = len(self.tiles) * len(kinds) * num_rows
+        return Size(
+            max_parts=parts,
+            num_rows=num_rows,
+            parts_bytes=4 * parts * all_rows * (dim + 2),
+            num_floats=2 * len(self.tiles) * keys * dim,
+        )
 
     def job(
         self,
@@ -148,10 +215,19 @@ class Rows:
         """
         job: Any = self._jobs.get(kind)
         if job is None:
-            job = self._jobs[kind] = self._new_job(kind)
+            job = self._jobs[kind] = kind(
+                num_tiles=len(self.tiles),
+                tiles=self.tiles.ctypes.data,
+                num_kinds=len(self.kinds),
+                kinds=self._kinds.ctypes.data,
+                max_queries=self.max_queries,
+                part_blocks=self.part_blocks,
+                turns=self._no_turns.ctypes.data,
+            )
+        assert caches.block_size == self.block_size, caches.block_size
         for name, value in caches.fields.items():
             setattr(job, name, value)
-        job.num_heads, job.half = num_heads, 0
+        job.num_heads, job.half = num_heads, 0  # no turn
         if turns is not None:
             assert len(turns.pairs) == len(self.kinds), turns.pairs
             for name, value in turns.fields.items():
@@ -159,15 +235,9 @@ class Rows:
         job.sink_logits = 0 if sink_logits is None else sink_logits.data_ptr()
         return job
 
-    def _new_job(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
-        return kind(
-            num_tokens=len(self.rows),
-            rows=self.rows.ctypes.data,
-            requests=self.requests.ctypes.data,
-            positions=self.positions.ctypes.data,
-            num_kinds=len(self.kinds),
-            kinds=self._kinds.ctypes.data,
-        )
+    @functools.cached_property
+    def _no_turns(self) -> np.ndarray:
+        return np.zeros((len(self.kinds), 2), np.int64)
 
     @functools.cached_property
     def _kinds(self) -> np.ndarray:
@@ -189,6 +259,24 @@ class Rows:
 
     def zeros(self, name: str, size: int, dtype: type) -> int:
         """The address of ``size`` numbers, zero when they are new."""
-        if name not in self._scratch or self._scratch[name].size < size:
-            self._scratch[name] = np.zeros(size, dtype)
-        return self._scratch[name].ctypes.data
+        if name not in self._zeros or self._zeros[name].size < size:
+            self._zeros[name] = np.zeros(size, dtype)
+        return self._zeros[name].ctypes.data
+
+    def counter(self) -> int:
+        """The address of an int64 that is zero."""
+        address = self.zeros("counter", 1, np.int64)
+        self._zeros["counter"][0] = 0
+        return address
+
+    def scratch(self, name: str, num_bytes: int) -> int:
+        """The address of memory that starts a cache line; its numbers are anything."""
+        known = getattr(_memory, name, None)
+        if known is None or known.numel() < num_bytes:
+            known = torch.empty(num_bytes, dtype=torch.uint8)
+            setattr(_memory, name, known)
+        return known.data_ptr()
+
+
+# Scratch memory of the threads that run layers, kept from step to step.
+_memory = threading.local()

@@ -17,6 +17,9 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.native import OPTIONS, array, take
 from vllm_sink_kernels.cpu.rows import Slots
 
+# Tokens of an item of work.
+TOKENS = 64
+
 Job, _SIGNATURE = native.job_type(
     "WriteJob",
     "key key_stride value value_stride slots num_tokens caches head_kinds "
@@ -36,7 +39,9 @@ def write_kv(
         slots: The step's.
     """
     key, value = _storable(key, caches.dtype), _storable(value, caches.dtype)
-    native.run(loop(caches.dtype), _job(key, value, caches, slots), 1)
+    is_long = slots.num_tokens > TOKENS
+    num_threads = torch.get_num_threads() if is_long else 1
+    native.run(loop(caches.dtype), _job(key, value, caches, slots), num_threads)
 
 
 def _job(key, value, caches, slots) -> Any:
@@ -51,38 +56,63 @@ def _job(key, value, caches, slots) -> Any:
 
 def _storable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x`` in the dtype, a token's [HKV, D] consecutive."""
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 @functools.cache
 def loop(kv_cache_dtype: torch.dtype):
-    """:data:`Job` -> tokens in the cache."""
+    """:data:`Job` -> tokens in the cache, an item a KV head of some tokens."""
     dtype = native.STORAGE[kv_cache_dtype]
     size = dtype.itemsize
+    pack = 2 if kv_cache_dtype == torch.bfloat16 else 1
+    version = native.VERSION
 
     @numba.cfunc(_SIGNATURE, **OPTIONS)
     def write(pointer):
         job = numba.carray(pointer, 1)[0]
+        if version == 0:
+            return
         caches = array(job.caches, job.num_kv_heads, np.int64)
         head_kinds = array(job.head_kinds, job.num_kv_heads, np.int64)
-        shape = (job.num_kv_heads, job.head_size)
-        page_shape = (2, job.block_size, job.head_size)
+        head_size, block_size = job.head_size, job.block_size
+        keys_shape = (head_size // pack, block_size, pack)
+        values_shape = (block_size, head_size)
+        num_pieces = (job.num_tokens + TOKENS - 1) // TOKENS
         while True:
-            i = take(pointer, 1)
-            if i >= job.num_tokens:
+            item = take(pointer, 1)
+            if item >= num_pieces * job.num_kv_heads:
                 break
-            key = array(job.key + i * job.key_stride * size, shape, dtype)
-            value = array(job.value + i * job.value_stride * size, shape, dtype)
-            for head in range(job.num_kv_heads):
-                place = job.slots + 8 * (head_kinds[head] * job.num_tokens + i)
-                slot = array(place, 1, np.int64)[0]
+            head, start = item % job.num_kv_heads, item // job.num_kv_heads * TOKENS
+            slots = array(
+                job.slots + 8 * head_kinds[head] * job.num_tokens,
+                job.num_tokens,
+                np.int64,
+            )
+            for i in range(start, min(start + TOKENS, job.num_tokens)):
+                slot = slots[i]
                 if slot < 0:
                     continue
-                block, offset = slot // job.block_size, slot % job.block_size
-                page = array(caches[head] + block * job.block_bytes, page_shape, dtype)
-                for d in range(job.head_size):
-                    page[0, offset, d] = key[head, d]
-                    page[1, offset, d] = value[head, d]
+                page = caches[head] + slot // block_size * job.block_bytes
+                offset = slot % block_size
+                keys = array(page, keys_shape, dtype)
+                values = array(
+                    page + block_size * head_size * size, values_shape, dtype
+                )
+                at_head = head * head_size
+                key = array(
+                    job.key + size * (i * job.key_stride + at_head), head_size, dtype
+                )
+                value = array(
+                    job.value + size * (i * job.value_stride + at_head),
+                    head_size,
+                    dtype,
+                )
+                for d in range(0, head_size, pack):
+                    for j in range(pack):
+                        keys[d // pack, offset, j] = key[d + j]
+                for d in range(head_size):
+                    values[offset, d] = value[d]
 
     return write

@@ -1,0 +1,77 @@
+"""Below the policy's reach: 1, 4, 16 and 64 requests that keep everything.
+
+Nobody should pay for a policy that changes nothing: sink and stock prefill the
+same prompts and decode them step by step in turn; the ratio of each pair of steps is
+what counts, whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+from benchmarks import common
+
+BATCHES = (1, 4, 16, 64)
+CONTEXT = 900
+
+
+def measure(engines, tokens, batch: int, table, *, rounds: int, steps: int) -> None:
+    """Seconds to the first tokens and of a decode step, and their ratios."""
+    seconds: dict[str, dict[str, list[float]]] = {
+        metric: {engine.name: [] for engine in engines} for metric in ("ttft", "step")
+    }
+    for i in range(rounds):
+        # Other prompts each time: nothing of them is in the prefix cache.
+        offset = (i * 97 + batch) % 1000
+        prompts = [
+            tokens[offset + 31 * j : offset + 31 * j + CONTEXT] for j in range(batch)
+        ]
+        for engine in engines:
+            for prompt in prompts:
+                engine.add(prompt, steps + 2)
+        elapsed = {engine.name: 0.0 for engine in engines}
+        while any(engine.waiting() for engine in engines):
+            for engine in engines:
+                elapsed[engine.name] += engine.step()
+        for name, total in elapsed.items():
+            seconds["ttft"][name].append(total)
+        for _ in range(steps):
+            for engine in engines:
+                seconds["step"][engine.name].append(engine.step())
+        for engine in engines:
+            while engine.is_busy():
+                engine.step()
+    for metric, of in seconds.items():
+        for name, samples in of.items():
+            milliseconds = [1e3 * x for x in samples]
+            table.add(name, f"{metric}_{batch}", CONTEXT, milliseconds, "ms")
+        ratios = [a / b for a, b in zip(of["sink"], of["stock"], strict=True)]
+        table.add("sink/stock", f"{metric}_{batch}", CONTEXT, ratios, "x")
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24, help="tokens a round")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    args = parser.parse_args()
+    rounds = 3 if args.quick else args.rounds
+    table = common.Table("batches", args.model)
+    tokens = common.prose(args.model, 1100 + 31 * max(args.batches) + CONTEXT)
+    for dtype in args.dtypes:
+        table.dtype = dtype
+        engines = [
+            common.Engine(name, args.model, 1024, dtype, max_num_seqs=64)
+            for name in ("sink", "stock")
+        ]
+        for engine in engines:  # warm-up: compilation, allocation
+            engine.add(tokens[-300:], 4)
+            while engine.is_busy():
+                engine.step()
+        for batch in args.batches:
+            measure(engines, tokens, batch, table, rounds=rounds, steps=args.steps)
+            table.save()
+        for engine in engines:
+            engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Matrix products of a few query rows with a page of the cache, in registers.
+
+Numba's own loops leave the accumulators in memory. These are written in LLVM's
+vectors: a product of up to :data:`ROWS` rows and a few vectors of columns keeps
+all sums in registers and reads the page in place, in its own dtype. The shape
+follows the machine's vector registers (:data:`LANES`, :data:`MAX_ROWS`); LLVM turns
+the same code into AVX2, AVX-512 or Neon. Where the CPU multiplies pairs of bfloat16
+(AVX512_BF16), keys stored as pairs are multiplied without a conversion.
+
+A page of a head is [2N, D] numbers. Its first half holds the keys with the token
+last, so that a vector is one dim of :data:`LANES` tokens and no sum runs across a
+vector: [D, N], and for bfloat16 [D/2, N, 2], a token's dims 2i and 2i + 1 side by
+side. Its second half holds the values, [N, D]. This is also how vLLM's own CPU
+kernel lays a float32 page out.
+
+Shape letters: M rows, K summed, V vectors of columns, D head size, N block size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, config, types
+from numba.extending import intrinsic
+
+from vllm_sink_kernels.cpu.native import OPTIONS
+
+
+def _cpu_features() -> frozenset[str]:
+    """What Numba compiles for; NUMBA_CPU_FEATURES restricts it."""
+    if config.CPU_FEATURES is not None:
+        text = config.CPU_FEATURES
+    else:
+        text = llvmlite.binding.get_host_cpu_features().flatten()
+    return frozenset(x[1:] for x in text.split(",") if x.startswith("+"))
+
+
+FEATURES = _cpu_features()
+# Multiplies bfloat16 pairs into float32 sums.
+HAS_DOT = "avx512bf16" in FEATURES and "avx512f" in FEATURES
+# Floats of a vector, and (vectors, most rows) of the products, widest first:
+# 32 registers of 16 floats, or 16 registers of 8 (32 of 4 on other CPUs).
+TILES: tuple[tuple[int, int], ...]
+if "avx512f" in FEATURES:
+    LANES, TILES = 16, ((8, 3), (4, 6), (2, 6), (1, 6))
+else:
+    LANES, TILES = 8, ((4, 3), (2, 6), (1, 6), (1, 6))
+# Rows of a product.
+ROWS = 6
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def _vec(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _load(builder: Any, address: Any, element: ir.Type, align: int) -> Any:
+    pointer = builder.inttoptr(address, element.as_pointer())
+    return builder.load(pointer, align=align)
+
+
+def _splat(builder: Any, scalar: Any, width: int = LANES) -> Any:
+    vector = ir.VectorType(scalar.type, width)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, width), [0] * width)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _call(builder: Any, name: str, result: ir.Type, arguments: list[Any]) -> Any:
+    signature = ir.FunctionType(result, [x.type for x in arguments])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, arguments)
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, f"llvm.fmuladd.v{LANES}f32", c.type, [a, b, c])
+
+
+def _high_half(builder: Any, bits: Any) -> Any:
+    """Vectors of int32 whose upper half is a bfloat16, as float32."""
+    return builder.bitcast(bits, _vec(_F32))
+
+
+def _columns(builder: Any, kind: str, address: Any) -> list[Any]:
+    """A vector of columns: one of float32, or two of a pair's two numbers."""
+    if kind == "float32":
+        return [_load(builder, address, _vec(_F32), 4)]
+    if kind == "float16":
+        half = _load(builder, address, _vec(ir.HalfType()), 2)
+        return [builder.fpext(half, _vec(_F32))]
+    upper = _splat(builder, _I32(16))
+    if kind == "bfloat16":
+        bits = builder.zext(
+            _load(builder, address, _vec(ir.IntType(16)), 2), _vec(_I32)
+        )
+        return [_high_half(builder, builder.shl(bits, upper))]
+    pair = _load(builder, address, _vec(_I32), 4)
+    if kind == "dot":
+        return [pair]
+    assert kind == "pairs", kind
+    mask = _splat(builder, _I32(0xFFFF0000))
+    return [
+        _high_half(builder, builder.shl(pair, upper)),
+        _high_half(builder, builder.and_(pair, mask)),
+    ]
+
+
+# Bytes of one number of a row of columns; a pair is one.
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "pairs": 4, "dot": 4}
+
+
+def _emit(builder: Any, kind: str, adds: bool, rows: int, vectors: int, arguments: Any):
+    """C (+)= A B for so many rows and vectors, a loop over K."""
+    a, lda, b, ldb, c, ldc, k = arguments
+    width = LANES * _SIZES[kind]
+
+    def at_c(m: int, v: int) -> Any:
+        row = builder.add(c, builder.mul(ldc, _I64(m)))
+        return builder.add(row, _I64(v * LANES * 4))
+
+    zero = ir.Constant(_vec(_F32), [0.0] * LANES)
+    cells = [(m, v) for m in range(rows) for v in range(vectors)]
+    start = [_load(builder, at_c(*x), _vec(_F32), 4) if adds else zero for x in cells]
+    entry = builder.block
+    loop = builder.append_basic_block("products")
+    done = builder.append_basic_block("sums")
+    some = builder.icmp_signed(">", k, _I64(0))
+    builder.cbranch(some, loop, done)
+    builder.position_at_end(loop)
+    i = builder.phi(_I64)
+    i.add_incoming(_I64(0), entry)
+    at_a, at_b = builder.phi(_I64), builder.phi(_I64)
+    at_a.add_incoming(a, entry)
+    at_b.add_incoming(b, entry)
+    sums = []
+    for value in start:
+        phi = builder.phi(_vec(_F32))
+        phi.add_incoming(value, entry)
+        sums.append(phi)
+    columns = [
+        _columns(builder, kind, builder.add(at_b, _I64(v * width)))
+        for v in range(vectors)
+    ]
+    new = list(sums)
+    steps = 2 if kind == "pairs" else 1
+    for m in range(rows):
+        row = builder.add(at_a, builder.mul(lda, _I64(m)))
+        for step in range(steps):
+            if kind == "dot":
+                bits = _splat(builder, _load(builder, row, _I32, 4))
+                pairs = ir.VectorType(_BFloat(), 2 * LANES)
+                x = builder.bitcast(bits, pairs)
+            else:
+                number = builder.add(row, _I64(4 * step))
+                x = _splat(builder, _load(builder, number, _F32, 4))
+            for v in range(vectors):
+                j = m * vectors + v
+                y = columns[v][step]
+                if kind == "dot":
+                    new[j] = _call(
+                        builder,
+                        "llvm.x86.avx512bf16.dpbf16ps.512",
+                        _vec(_F32),
+                        [new[j], x, builder.bitcast(y, pairs)],
+                    )
+                else:
+                    new[j] = _multiply_add(builder, x, y, new[j])
+    after = builder.add(i, _I64(1))
+    i.add_incoming(after, loop)
+    at_a.add_incoming(builder.add(at_a, _I64(4 * steps)), loop)
+    at_b.add_incoming(builder.add(at_b, ldb), loop)
+    for phi, value in zip(sums, new, strict=True):
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", after, k), loop, done)
+    builder.position_at_end(done)
+    for cell, before, value in zip(cells, start, new, strict=True):
+        final = builder.phi(_vec(_F32))
+        final.add_incoming(before, entry)
+        final.add_incoming(value, loop)
+        # Phis come first in their block: the stores follow below.
+        sums[cells.index(cell)] = final
+    for cell, final in zip(cells, sums, strict=True):
+        pointer = builder.inttoptr(at_c(*cell), _vec(_F32).as_pointer())
+        builder.store(final, pointer, align=4)
+
+
+@functools.cache
+def _product(kind: str, adds: bool, vectors: int, max_rows: int):
+    """Compiled (a, lda, b, ldb, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
+
+    @intrinsic
+    def emit(typing_context, a, lda, b, ldb, c, ldc, k, rows):
+        def codegen(context, builder, signature, arguments):
+            *numbers, count = arguments
+            end = builder.append_basic_block("end")
+            blocks = [builder.append_basic_block() for _ in range(max_rows)]
+            switch = builder.switch(count, end)
+            for m, block in enumerate(blocks, 1):
+                switch.add_case(_I64(m), block)
+                builder.position_at_end(block)
+                _emit(builder, kind, adds, m, vectors, numbers)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    @numba.njit(inline="never", **OPTIONS)
+    def product(a, lda, b, ldb, c, ldc, k, rows):
+        emit(a, lda, b, ldb, c, ldc, k, rows)
+
+    return product
+
+
+@functools.cache
+def matmul(kind: str, adds: bool):
+    """Compiled C (+)= A B over addresses.
+
+    Args of the result, all int64, addresses and strides in bytes:
+        a, lda: [M, K] float32 rows; for kind "dot" [M, K] pairs of bfloat16, for
+            "pairs" [M, 2K] float32.
+        b, ldb: [K, columns] of the kind: "float32", "float16", "bfloat16", or
+            "pairs" and "dot", pairs of bfloat16 that belong to two rows of A.
+        c, ldc: [M, columns] float32.
+        k: K. rows: M. columns: V, vectors of :data:`LANES`.
+
+    Args:
+        adds: Whether C's numbers are added to.
+    """
+    size = _SIZES[kind]
+    (wide, wide_rows), (n0, _), (n1, _), (n2, _) = TILES
+    widest, p0, p1, p2 = (_product(kind, adds, n, most) for n, most in TILES)
+
+    @numba.njit(inline="never", **OPTIONS)
+    def multiply(a, lda, b, ldb, c, ldc, k, rows, columns):
+        groups = (rows + ROWS - 1) // ROWS
+        each = (rows + groups - 1) // groups
+        v = 0
+        while v < columns:
+            left = columns - v
+            at_b, at_c = b + v * LANES * size, c + v * LANES * 4
+            if left >= wide and rows <= wide_rows:
+                widest(a, lda, at_b, ldb, at_c, ldc, k, rows)
+                v += wide
+                continue
+            for m in range(0, rows, each):
+                n = min(each, rows - m)
+                at_a, to = a + m * lda, at_c + m * ldc
+                if left >= n0:
+                    p0(at_a, lda, at_b, ldb, to, ldc, k, n)
+                elif left >= n1:
+                    p1(at_a, lda, at_b, ldb, to, ldc, k, n)
+                else:
+                    p2(at_a, lda, at_b, ldb, to, ldc, k, n)
+            v += n0 if left >= n0 else (n1 if left >= n1 else n2)
+
+    return multiply
+
+
+@intrinsic
+def largest(typing_context, address, count):
+    """The largest of ``count`` vectors of float32 at an address, NaN aside."""
+
+    def codegen(context, builder, signature, arguments):
+        address, count = arguments
+        lowest = ir.Constant(_vec(_F32), [float("-inf")] * LANES)
+        top = cgutils.alloca_once_value(builder, lowest)
+        with cgutils.for_range(builder, count, intp=_I64) as loop:
+            place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
+            x = _load(builder, place, _vec(_F32), 4)
+            old = builder.load(top)
+            name = f"llvm.maxnum.v{LANES}f32"
+            builder.store(_call(builder, name, x.type, [old, x]), top)
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        return _call(builder, name, _F32, [builder.load(top)])
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def exp_sum(typing_context, address, count, scale, top):
+    """x = e**(scale x - top) for ``count`` vectors of float32; their sum.
+
+    As :func:`native.exp`: 2 ulp, nothing below e**-87.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        address, count, scale, top = arguments
+
+        def constant(x: float) -> Any:
+            return ir.Constant(_vec(_F32), [float(np.float32(x))] * LANES)
+
+        zero, scale = constant(0.0), _splat(builder, scale)
+        top = builder.fneg(_splat(builder, top))
+        total = cgutils.alloca_once_value(builder, zero)
+        with cgutils.for_range(builder, count, intp=_I64) as loop:
+            place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
+            x = _load(builder, place, _vec(_F32), 4)
+            x = _multiply_add(builder, x, scale, top)
+            # Not maxnum: a NaN must stay one.
+            low = builder.fcmp_ordered("<", x, constant(-87.0))
+            x = builder.select(low, constant(-87.0), x)
+            n = _multiply_add(builder, x, constant(1.4426950408889634), constant(0.5))
+            n = _call(builder, f"llvm.floor.v{LANES}f32", x.type, [n])
+            r = _multiply_add(builder, n, constant(-0.693359375), x)
+            r = _multiply_add(builder, n, constant(2.12194440e-4), r)
+            p = constant(1 / 720)
+            for term in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+                p = _multiply_add(builder, p, r, constant(term))
+            exponent = builder.fptosi(n, _vec(_I32))
+            exponent = builder.add(exponent, _splat(builder, _I32(127)))
+            exponent = builder.shl(exponent, _splat(builder, _I32(23)))
+            x = builder.fmul(p, builder.bitcast(exponent, x.type))
+            builder.store(x, builder.inttoptr(place, x.type.as_pointer()), align=4)
+            builder.store(builder.fadd(builder.load(total), x), total)
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        signature = ir.FunctionType(_F32, [_F32, _vec(_F32)])
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        return builder.call(
+            function, [_F32(0.0), builder.load(total)], fastmath=("reassoc",)
+        )
+
+    arguments = types.int64, types.int64, types.float32, types.float32
+    return types.float32(*arguments), codegen

@@ -1,0 +1,249 @@
+"""A span of keys and a tile of queries: products, softmax, sums; merging parts.
+
+Shape letters: D head size, N block size, G query heads of a KV head, M rows of a
+tile (its queries times G), P parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from vllm_sink_kernels.cpu import micro
+from vllm_sink_kernels.cpu.micro import LANES, ROWS, exp_sum, largest
+from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp
+
+# Keys of a softmax.
+KEYS = 256
+# From a row of scores to the next: a vector more, which a softmax may write.
+PITCH = KEYS + LANES
+# Values of a product: their page stays in the first-level cache.
+VALUES = 64
+
+
+def _keys_product(dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C = Q K^T, the queries in the dtype ``q_dtype``."""
+    raise NotImplementedError("compiled code only")
+
+
+def _turned_product(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C = Q K^T, the queries in float32."""
+    raise NotImplementedError("compiled code only")
+
+
+def _values_product(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C += P V."""
+    raise NotImplementedError("compiled code only")
+
+
+_PLAIN = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
+
+
+def _keys_kind(dtype, q_dtype=None) -> str:
+    kind = _PLAIN[dtype.dtype]
+    if kind != "bfloat16":
+        return kind
+    is_dot = micro.HAS_DOT and q_dtype is not None and q_dtype.dtype == types.uint16
+    return "dot" if is_dot else "pairs"
+
+
+@overload(_keys_product)
+def _keys_product_of(dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    run = micro.matmul(_keys_kind(dtype, q_dtype), False)
+    return lambda dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
+        a, lda, b, ldb, c, ldc, k, rows, columns
+    )
+
+
+@overload(_turned_product)
+def _turned_product_of(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    run = micro.matmul(_keys_kind(dtype), False)
+    return lambda dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
+        a, lda, b, ldb, c, ldc, k, rows, columns
+    )
+
+
+@overload(_values_product)
+def _values_product_of(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    run = micro.matmul(_PLAIN[dtype.dtype], True)
+    return lambda dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
+        a, lda, b, ldb, c, ldc, k, rows, columns
+    )
+
+
+@numba.njit(inline="never", **OPTIONS)
+def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, state):
+    """Keys [first, end) added to a tile's softmax and sums.
+
+    Args:
+        dtype, q_dtype: Of the cache and of the window's queries.
+        pack, size: Dims of a key side by side; bytes of a number of the cache.
+        is_window: Which queries ``q`` are: the window's or the turned ones.
+        q, lda: Address of row 0, bytes of a row.
+        seen: first, end, low, slope, high: query t of the tile sees the keys
+            [low + slope t, high + t) of these; first is a multiple of LANES.
+        options: The tile's queries, G, scale, soft_cap.
+        cache: Address of block 0's page, bytes of a block, N, D and the blocks.
+        state: scores [M, PITCH], sums [M, D], tops [M], totals [M], changed.
+    """
+    first, end, low, slope, high = seen
+    count, group, scale, soft_cap = options
+    address, block_bytes, block_size, head_size, blocks = cache
+    scores, sums, tops, totals = state
+    at_scores, at_sums = scores.ctypes.data, sums.ctypes.data
+    key_row = block_size * pack * size
+    value_row = head_size * size
+    at_values = block_size * value_row
+    columns = head_size // LANES
+    step = count
+    if low + slope * (count - 1) > first or high < end:
+        step = max(1, ROWS // group)
+    for t0 in range(0, count, step):
+        t1 = min(t0 + step, count)
+        start, stop = max(first, low + slope * t0), min(end, high + t1 - 1)
+        if start >= stop:
+            continue
+        m0, rows = t0 * group, (t1 - t0) * group
+        at_rows = at_scores + 4 * m0 * PITCH
+        k = start // LANES * LANES
+        while k < stop:
+            offset = k % block_size
+            n = min(block_size - offset, stop - k)
+            page = address + blocks[k // block_size] * block_bytes
+            at_keys = page + offset * pack * size
+            to = at_rows + 4 * (k - first)
+            vectors = (n + LANES - 1) // LANES
+            at_q, steps = q + m0 * lda, head_size // pack
+            if is_window:
+                _keys_product(
+                    dtype,
+                    q_dtype,
+                    at_q,
+                    lda,
+                    at_keys,
+                    key_row,
+                    to,
+                    4 * PITCH,
+                    steps,
+                    rows,
+                    vectors,
+                )
+            else:
+                _turned_product(
+                    dtype,
+                    at_q,
+                    lda,
+                    at_keys,
+                    key_row,
+                    to,
+                    4 * PITCH,
+                    steps,
+                    rows,
+                    vectors,
+                )
+            k += n
+        for m in range(m0, m0 + rows):
+            t = m // group
+            a = max(start, low + slope * t) - first
+            b = max(a, min(stop, high + t) - first)
+            row = scores[m]
+            if a < b:
+                at_row = at_scores + 4 * (m * PITCH + a)
+                _softmax(at_row, b - a, scale, soft_cap, m, sums[m], tops, totals)
+            row[start - first : a] = 0.0
+            row[b : stop - first] = 0.0
+        k = start
+        while k < stop:
+            offset = k % block_size
+            n = min(block_size - offset, stop - k, VALUES)
+            page = address + blocks[k // block_size] * block_bytes
+            at_value = page + at_values + offset * value_row
+            _values_product(
+                dtype,
+                at_rows + 4 * (k - first),
+                4 * PITCH,
+                at_value,
+                value_row,
+                at_sums + 4 * m0 * head_size,
+                4 * head_size,
+                n,
+                rows,
+                columns,
+            )
+            if columns * LANES < head_size:
+                v = array(at_value, (n, head_size), dtype)
+                for m in range(m0, m0 + rows):
+                    for i in range(n):
+                        weight = scores[m, k - first + i]
+                        for d in range(columns * LANES, head_size):
+                            sums[m, d] += weight * at(v[i], d)
+            k += n
+
+
+@numba.njit(inline="never", **OPTIONS)
+def _softmax(address, n, scale, soft_cap, m, sums, tops, totals):
+    """``n`` scores become weights; what was summed before is scaled down.
+
+    Args:
+        address: Of the scores, float32. The vector after the last may be written.
+        sums: [D] of row ``m``.
+    """
+    count = (n + LANES - 1) // LANES
+    row = array(address, count * LANES, np.float32)
+    if soft_cap > 0.0:
+        twice = np.float32(-2.0) * scale / soft_cap
+        for i in range(n):  # tanh
+            x = row[i]
+            e = exp(twice * abs(x))
+            y = soft_cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
+            row[i] = y if x >= np.float32(0.0) else -y
+        scale = np.float32(1.0)
+    for i in range(count * LANES - n):
+        row[n + i] = -np.inf
+    top = max(tops[m], scale * largest(address, count))
+    total = exp_sum(address, count, scale, top)
+    if totals[m] != np.float32(0.0):
+        old = exp(tops[m] - top)
+        if old != np.float32(1.0):
+            for d in range(sums.shape[0]):
+                sums[d] *= old
+        total += totals[m] * old
+    tops[m], totals[m] = top, total
+
+
+@numba.njit(**OPTIONS)
+def merge(partial, sums, tops, totals):
+    """Parts [P, M, D + 2] -> sums [M, D], tops, totals [M]."""
+    num_rows, head_size = sums.shape
+    for m in range(num_rows):
+        top, total = np.float32(-np.inf), np.float32(0.0)
+        sums[m] = 0.0
+        for i_part in range(partial.shape[0]):
+            part = partial[i_part, m]
+            part_top, part_total = part[head_size], part[head_size + 1]
+            if part_total == 0.0:
+                continue
+            new_top = max(top, part_top)
+            old = np.float32(math.exp(top - new_top))
+            new = np.float32(math.exp(part_top - new_top))
+            for d in range(head_size):
+                sums[m, d] = sums[m, d] * old + part[d] * new
+            total = total * old + part_total * new
+            top = new_top
+        tops[m], totals[m] = top, total
+
+
+@numba.njit(**OPTIONS)
+def add_logits(logits, sums, tops, totals):
+    """The learned logit of each head [G] in the denominators."""
+    for m in range(sums.shape[0]):
+        logit = logits[m % logits.shape[0]]
+        top = max(tops[m], logit)
+        old = np.float32(math.exp(tops[m] - top))
+        for d in range(sums.shape[1]):
+            sums[m, d] *= old
+        totals[m] = totals[m] * old + np.float32(math.exp(logit - top))
