@@ -46,6 +46,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sink.attention.loaded import refuse_layers
 from vllm_sink.attention.rotation import Rotation, check_table, find_rotation
 from vllm_sink.attention.rotation_exact import trained_length
 from vllm_sink.attention.rotation_measure import measure_rotations
@@ -147,6 +148,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = validate_engine(vllm_config)
+        refuse_layers(vllm_config)
         self.layers: dict[str, Any] = get_layers_from_vllm_config(
             vllm_config, Attention, layer_names
         )
@@ -166,14 +168,16 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         # id of a rotary table -> the rotation, for tables that turns need.
         self.rotations: dict[int, Rotation] = {}
         if isinstance(kv_cache_spec, SinkSpec):
+            max_model_len = vllm_config.model_config.max_model_len
             self.policy = RetentionPolicy(
                 kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
-            )
+            ).clipped(max_model_len)
+            config = config.clipped(max_model_len)  # vLLM may have shortened it since
             assert self.policy in (config.policy, config.retrieval_policy), (
                 f"spec has {self.policy}, config has {config.policy} and "
                 f"{config.retrieval_policy}"
             )
-            self._find_rotations(config, vllm_config.model_config.max_model_len)
+            self._find_rotations(config, vllm_config)
         elif kv_cache_spec.sliding_window is None:  # keeps everything
             self.policy = RetentionPolicy(0, vllm_config.model_config.max_model_len)
         else:
@@ -181,7 +185,9 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             assert len(windows) == 1, f"one group, several windows: {windows}"
             self.policy = RetentionPolicy(0, windows.pop())
 
-    def _find_rotations(self, config: SinkConfig, max_model_len: int) -> None:
+    def _find_rotations(self, config: SinkConfig, vllm_config: VllmConfig) -> None:
+        max_model_len = vllm_config.model_config.max_model_len
+        attention_config = vllm_config.attention_config
         reached = self.policy.budget < max_model_len
         if config.sink_positions == "absolute" or not config.num_sink_tokens:
             reached = False
@@ -191,7 +197,10 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             rotation = find_rotation(name, layer)
             if rotation is None:
                 continue
-            check_table(name, rotation, max_model_len)
+            # A drafter is built under a copy of the target's attention config.
+            is_drafter = layer.impl.attention_config is not attention_config
+            model_config = None if is_drafter else vllm_config.model_config
+            check_table(name, rotation, max_model_len, model_config)
             layer.impl.rotation = rotation
             self.rotations[id(rotation.cos_sin_cache)] = rotation
 
@@ -232,6 +241,8 @@ class SinkImplBase(AttentionImpl[M]):
         sinks: torch.Tensor | None = None,
     ) -> None:
         engine_config()  # remembered for customize_spec
+        vllm_config = get_current_vllm_config_or_none()
+        self.attention_config = vllm_config and vllm_config.attention_config
         if alibi_slopes is not None:
             raise ValueError(
                 "model must not use ALiBi with --attention-backend sink, got "
