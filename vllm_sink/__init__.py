@@ -19,12 +19,13 @@ def register() -> None:
     """Make ``--attention-backend sink`` known to this process; idempotent."""
     from vllm_sink.attention import rotation_probe
     from vllm_sink.cache import metrics
-    from vllm_sink.engine import compat
+    from vllm_sink.engine import compat, start
 
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
     compat.register_variable(metrics.FOLDER_VARIABLE)
+    start.watch_models()
     rotation_probe.record_parents()
     metrics.register_collector()
 

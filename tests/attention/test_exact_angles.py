@@ -87,7 +87,7 @@ def test_no_position_is_past_the_table(path, monkeypatch, positions, window):
     """Also where no query is turned: by choice, or because nothing is evicted."""
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     with (
-        pytest.raises(ValueError, match="<= 2048, the rows of the rotary .* got 3000"),
+        pytest.raises(ValueError, match=r"<= 2048, the rows of the rotary .* got 3000"),
         sink_engine(
             path,
             SINKS,

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.helpers.refusals import stub_config
 from vllm_sink.attention import backend, base, cpu, gpu_support
 from vllm_sink.attention.backend import SinkBackend
 from vllm_sink.policy.config import SinkConfig
@@ -121,15 +122,9 @@ def test_gpus_get_the_gpu_path_in_any_layout_and_cpus_their_own(platform, monkey
 
 
 def engine_config(dtype=torch.float32):
-    return SimpleNamespace(
+    return stub_config(
         additional_config={"sink": {"triton_interpreter": True}},
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1
-        ),
-        kv_transfer_config=None,
-        model_config=SimpleNamespace(
-            use_mla=False, is_encoder_decoder=False, dtype=dtype
-        ),
+        model_config__dtype=dtype,
     )
 
 

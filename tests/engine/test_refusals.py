@@ -11,11 +11,12 @@ from vllm import envs
 from vllm.platforms import current_platform
 
 import vllm_sink
+from tests.helpers.refusals import CASES, stub_config
 from vllm_sink import __version__
 from vllm_sink.cache import metrics
 from vllm_sink.engine import compat
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.refusals import validate_engine
+from vllm_sink.policy.refusals import CHECKS, find_refusals, validate_engine
 
 
 @pytest.mark.parametrize(
@@ -41,49 +42,31 @@ def test_defaults_and_foreign_keys():
     assert SinkConfig.from_additional_config({"other": 1}) == SinkConfig()
 
 
-def engine_config(**changes):
-    parallel = SimpleNamespace(
-        decode_context_parallel_size=1, prefill_context_parallel_size=1
-    )
-    model = SimpleNamespace(use_mla=False, is_encoder_decoder=False, model="m")
-    config = SimpleNamespace(
-        additional_config={},
-        parallel_config=parallel,
-        kv_transfer_config=None,
-        model_config=model,
-    )
-    for path, value in changes.items():
-        owner, _, name = path.rpartition("__")
-        setattr(getattr(config, owner) if owner else config, name, value)
-    return config
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_settings(case):
+    assert validate_engine(stub_config()) == SinkConfig()
+    config = stub_config(**case.changes)
+    assert [refusal.name for refusal in find_refusals(config)] == [case.setting]
+    with pytest.raises(ValueError, match=case.message):
+        validate_engine(config)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (
-            {"parallel_config__decode_context_parallel_size": 2},
-            "decode_context_parallel_size must be 1 .* got 2; .* tensor",
-        ),
-        (
-            {"parallel_config__prefill_context_parallel_size": 4},
-            "prefill_context_parallel_size must be 1 .* got 4; .* tensor",
-        ),
-        (
-            {"kv_transfer_config": SimpleNamespace(kv_connector="LMCache")},
-            "kv_connector must be unset .* got 'LMCache'; .* drop --kv-transfer",
-        ),
-        ({"model_config__use_mla": True}, "must not use MLA .* got 'm'; serve"),
-        (
-            {"model_config__is_encoder_decoder": True},
-            "must be decoder-only .* encoder-decoder 'm'; drop",
-        ),
-    ],
-)
-def test_engine_settings(changes, message):
-    assert validate_engine(engine_config()) == SinkConfig()
-    with pytest.raises(ValueError, match=message):
-        validate_engine(engine_config(**changes))
+def test_every_check_has_a_case():
+    """So that a refusal nobody tried doesn't reach a user."""
+    seen = {
+        check
+        for case in CASES
+        for check in CHECKS
+        if list(check(stub_config(**case.changes), SinkConfig()))
+    }
+    unseen = {check.__name__ for check in set(CHECKS) - seen}
+    assert unseen <= {"_interpreter", "_retrieval_heads"}  # tests of their own rooms
+
+
+def test_all_refusals_are_found_at_once():
+    changes = CASES[0].changes | CASES[2].changes
+    names = [refusal.name for refusal in find_refusals(stub_config(**changes))]
+    assert names == [CASES[0].setting, CASES[2].setting]
 
 
 @pytest.mark.parametrize(

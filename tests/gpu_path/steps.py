@@ -8,6 +8,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from tests.helpers.refusals import drafter, stub_config
 from vllm_sink.attention import base
 from vllm_sink.attention.gpu import SinkGpuImpl
 from vllm_sink.attention.gpu_plan import SinkGpuMetadataBuilder
@@ -47,27 +48,21 @@ def make_builder(
     rotation = None if cos_sin_cache is None else Rotation(cos_sin_cache, True)
     monkeypatch.setattr(base, "find_rotation", lambda *_: rotation)
     monkeypatch.setattr(base, "check_table", lambda *_: None)
-    speculative = num_speculative_tokens and SimpleNamespace(
-        num_speculative_tokens=num_speculative_tokens, parallel_drafting=False
+    monkeypatch.setattr(base, "refuse_layers", lambda *_: None)
+    speculative = num_speculative_tokens and drafter(
+        "ngram", num_speculative_tokens=num_speculative_tokens, parallel_drafting=False
     )
     section = {
         "num_sink_tokens": SINKS,
         "window_size": WINDOW,
         "sink_positions": "absolute" if rotation is None else "cache",
     }
-    config = SimpleNamespace(
+    config = stub_config(
         additional_config={"sink": section},
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1
-        ),
-        kv_transfer_config=None,
-        model_config=SimpleNamespace(
-            use_mla=False, is_encoder_decoder=False, max_model_len=MAX_LEN
-        ),
-        scheduler_config=SimpleNamespace(
-            max_num_batched_tokens=64, max_num_seqs=max_num_seqs
-        ),
-        cache_config=SimpleNamespace(block_size=block_size),
+        model_config__max_model_len=MAX_LEN,
+        scheduler_config__max_num_batched_tokens=64,
+        scheduler_config__max_num_seqs=max_num_seqs,
+        cache_config__block_size=block_size,
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=64),
         speculative_config=speculative,
     )

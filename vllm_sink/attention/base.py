@@ -46,6 +46,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sink.attention.loaded import refuse_layers
 from vllm_sink.attention.rotation import (
     Rotation,
     check_table,
@@ -153,6 +154,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = validate_engine(vllm_config)
+        refuse_layers(vllm_config)
         self.layers: dict[str, Any] = get_layers_from_vllm_config(
             vllm_config, Attention, layer_names
         )
@@ -176,14 +178,16 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         # id of a rotary table -> the rotation, for tables that turns need.
         self.rotations: dict[int, Rotation] = {}
         if isinstance(kv_cache_spec, SinkSpec):
+            max_model_len = vllm_config.model_config.max_model_len
             self.policy = RetentionPolicy(
                 kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
-            )
+            ).clipped(max_model_len)
+            config = config.clipped(max_model_len)  # vLLM may have shortened it since
             assert self.policy in (config.policy, config.retrieval_policy), (
                 f"spec has {self.policy}, config has {config.policy} and "
                 f"{config.retrieval_policy}"
             )
-            self._find_rotations(config, vllm_config.model_config.max_model_len)
+            self._find_rotations(config, max_model_len)
         elif kv_cache_spec.sliding_window is None:  # keeps everything
             self.policy = RetentionPolicy(0, vllm_config.model_config.max_model_len)
         else:
@@ -193,10 +197,15 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
 
     def _check_tables(self, vllm_config: VllmConfig) -> None:
         """Whatever was measured has a row for every position, turned or not."""
+        max_model_len = vllm_config.model_config.max_model_len
         for name, layer in self.layers.items():
             rotation = measured_rotation(layer)
-            if rotation is not None:
-                check_table(name, rotation, vllm_config.model_config.max_model_len)
+            if rotation is None:
+                continue
+            # A drafter is built under a copy of the target's attention config.
+            is_drafter = layer.impl.attention_config is not vllm_config.attention_config
+            model_config = None if is_drafter else vllm_config.model_config
+            check_table(name, rotation, max_model_len, model_config)
 
     def _find_rotations(self, config: SinkConfig, max_model_len: int) -> None:
         reached = self.policy.budget < max_model_len
@@ -248,6 +257,8 @@ class SinkImplBase(AttentionImpl[M]):
         sinks: torch.Tensor | None = None,
     ) -> None:
         engine_config()  # remembered for customize_spec
+        vllm_config = get_current_vllm_config_or_none()
+        self.attention_config = vllm_config and vllm_config.attention_config
         if alibi_slopes is not None:
             raise ValueError(
                 "model must not use ALiBi with --attention-backend sink, got "

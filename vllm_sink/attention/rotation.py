@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from vllm_sink.policy.table_length import max_model_len_remedy
 
 _REMEDY = (
     "set additional_config.sink.sink_positions to 'absolute', which works with "
@@ -110,17 +113,22 @@ def find_rotation(layer_name: str, layer: torch.nn.Module) -> Rotation | None:
     return found
 
 
-def check_table(layer_name: str, rotation: Rotation, max_model_len: int) -> None:
+def check_table(
+    layer_name: str, rotation: Rotation, max_model_len: int, model_config: Any = None
+) -> None:
     """Refuse a table that has no row for every position.
 
+    Args:
+        model_config: vLLM's, of the model that the layer is part of; None for a
+            drafter.
+
     Raises:
-        ValueError: Names the flag that makes vLLM build a longer table.
+        ValueError: Names what to add to the command.
     """
     rows = rotation.cos_sin_cache.shape[0]
     if rows < max_model_len:
+        remedy = max_model_len_remedy(model_config, max_model_len, rows)
         raise ValueError(
             f"max_model_len must be <= {rows}, the rows of the rotary table of "
-            f"{layer_name}, got {max_model_len}; pass --hf-overrides "
-            f"'{{\"max_position_embeddings\": {max_model_len}}}' so that vLLM "
-            "builds a longer table"
+            f"{layer_name}, got {max_model_len}; {remedy}"
         )

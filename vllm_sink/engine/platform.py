@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from vllm.platforms import builtin_platform_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_sink.engine import compat
-from vllm_sink.policy import refusals
+from vllm_sink.engine import compat, start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,8 +53,7 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
             from vllm_sink.engine.ray_executor import CpuRayExecutor
 
             vllm_config.parallel_config.distributed_executor_backend = CpuRayExecutor
-        if refusals.is_selected(vllm_config):
-            refusals.validate_engine(vllm_config)
+        start.check_start(vllm_config)
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:

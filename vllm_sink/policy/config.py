@@ -163,6 +163,17 @@ class SinkConfig:
         """The retention policy of the full-attention layers."""
         return RetentionPolicy(self.num_sink_tokens, self.window_size)
 
+    def clipped(self, max_model_len: int) -> SinkConfig:
+        """The same for requests of at most ``max_model_len`` tokens."""
+        policy = self.policy.clipped(max_model_len)
+        own = self.retrieval_window_size
+        return replace(
+            self,
+            num_sink_tokens=policy.num_sink_tokens,
+            window_size=policy.window_size,
+            retrieval_window_size=None if own is None else min(own, max_model_len),
+        )
+
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SinkConfig:
         """Parse ``additional_config["sink"]``; defaults where it is absent.
@@ -189,6 +200,11 @@ class SinkConfig:
                     "rename it"
                 )
         return cls(**section)
+
+
+def has_section(additional_config: Any) -> bool:
+    """Whether the user asks for the policy, whatever the section says."""
+    return isinstance(additional_config, dict) and SECTION in additional_config
 
 
 def _require_int(name: str, value: Any, *, minimum: int) -> None:

@@ -10,6 +10,8 @@ tokens have been processed: it sees keys ``n-W+1 .. n``, so the window is
 ``W`` tokens including the query's own.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 
@@ -34,6 +36,16 @@ class RetentionPolicy:
     def budget(self) -> int:
         """S + W: the tokens a request retains."""
         return self.num_sink_tokens + self.window_size
+
+    def clipped(self, max_model_len: int) -> RetentionPolicy:
+        """The same policy of requests of at most ``max_model_len`` tokens.
+
+        No number of it exceeds that length, so that it fits the kernels' 32 bits.
+        """
+        return RetentionPolicy(
+            min(self.num_sink_tokens, max_model_len),
+            min(self.window_size, max_model_len),
+        )
 
     def sees(self, query: int, key: int) -> bool:
         """Whether the query at position ``query`` attends to ``key``."""

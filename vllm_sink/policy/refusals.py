@@ -4,41 +4,24 @@ Each check is one function below: it looks at vLLM's configuration and yields wh
 must change, as a :class:`Refusal`. They need the configuration alone, no engine:
 the start raises the first (:func:`validate_engine`), a check before the start
 lists them all (:func:`find_refusals`). What only a loaded model can tell is
-refused where it is seen, in :mod:`vllm_sink.attention`.
+refused where it is seen: :mod:`vllm_sink.attention.loaded`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.config import SECTION, SinkConfig, has_section
+from vllm_sink.policy.drafters import refuse_drafter
+from vllm_sink.policy.refusal import Refusal
 from vllm_sink.policy.resolve import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-
-@dataclass(frozen=True)
-class Refusal:
-    """One setting that must change.
-
-    Args:
-        name: The setting.
-        constraint: What it must be, as a clause: "must be 1 with …".
-        value: What it is, as shown to the user.
-        remedy: What to do, in words that can be typed.
-    """
-
-    name: str
-    constraint: str
-    value: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.constraint}, got {self.value}; {self.remedy}"
+_DROP = "drop --attention-backend sink"
 
 
 Check = Callable[["VllmConfig", SinkConfig], Iterator[Refusal]]
@@ -51,23 +34,34 @@ def is_selected(vllm_config: VllmConfig) -> bool:
     return any(getattr(backend, "name", None) == "SINK" for backend in chosen)
 
 
-def find_refusals(
-    vllm_config: VllmConfig, config: SinkConfig | None = None
-) -> list[Refusal]:
+def find_refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """All that must change before an engine of this configuration can start.
 
     Raises:
         ValueError: The ``sink`` section itself can't be read.
     """
-    if config is None:
-        config = resolve(vllm_config)
+    if not is_selected(vllm_config):
+        return list(_forgotten_backend(vllm_config))
+    config = resolve(vllm_config)
     return [refusal for check in CHECKS for refusal in check(vllm_config, config)]
+
+
+def refuse_forgotten_backend(vllm_config: VllmConfig) -> None:
+    """Refuse a ``sink`` section that stock attention would ignore.
+
+    Raises:
+        ValueError: Names the section and the flag.
+    """
+    for refusal in _forgotten_backend(vllm_config):
+        raise ValueError(str(refusal))
 
 
 def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
     """The policy's settings, if the engine can honour them.
 
     Pattern files are read by the first call: see :mod:`vllm_sink.policy.resolve`.
+    S and W come back clipped to the longest request: it is the same policy, and
+    one that the kernels can count.
 
     Raises:
         ValueError: Names the setting, its value and the remedy.
@@ -76,7 +70,29 @@ def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
     for check in CHECKS:
         for refusal in check(vllm_config, config):
             raise ValueError(str(refusal))
-    return config
+    model = _target(vllm_config)
+    return config if model is None else config.clipped(model.max_model_len)
+
+
+def _target(vllm_config: VllmConfig) -> Any:
+    """The served model's config, also while its drafter is being built."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.target_model_config is not None:
+        return speculative.target_model_config
+    return vllm_config.model_config
+
+
+def _forgotten_backend(vllm_config: VllmConfig) -> Iterator[Refusal]:
+    additional = vllm_config.additional_config
+    if has_section(additional) and not is_selected(vllm_config):
+        backend = vllm_config.attention_config.backend
+        yield Refusal(
+            "--attention-backend",
+            f"must be sink where --additional-config has a {SECTION} section",
+            f"{getattr(backend, 'name', backend)} and the section "
+            f"{additional[SECTION]!r}",
+            "pass --attention-backend sink, or take the section away",
+        )
 
 
 def _context_parallel(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
@@ -119,7 +135,63 @@ def _kind_of_model(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
             "model",
             "must be decoder-only with --attention-backend sink",
             f"the encoder-decoder {model.model!r}",
-            "drop --attention-backend sink",
+            _DROP,
+        )
+    if model.attention_chunk_size is not None:
+        yield Refusal(
+            "model",
+            "must not use chunked-local attention with --attention-backend sink",
+            f"{model.model!r} with attention_chunk_size {model.attention_chunk_size}",
+            _DROP,
+        )
+    if model.is_mm_prefix_lm:
+        yield Refusal(
+            "model",
+            "must not look both ways within an image with --attention-backend sink",
+            repr(model.model),
+            "pass --language-model-only to serve its text",
+        )
+
+
+def unreached(model: str, why: str) -> Refusal:
+    """No layer of ``model`` obeys the policy."""
+    return Refusal(
+        "model",
+        "must have a layer with full attention for --attention-backend sink and its "
+        f"{SECTION} section to act on",
+        f"{model!r}, {why}",
+        f"{_DROP} and the section: this cache is bounded without them",
+    )
+
+
+def _reaches_no_layer(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    model = vllm_config.model_config
+    if model is None:
+        return
+    if model.is_attention_free:
+        yield unreached(model.model, "which has no attention")
+    window = vllm_config.cache_config.sliding_window  # set if no layer is without
+    if window is not None:
+        yield unreached(
+            model.model, f"whose layers all keep a window of {window} tokens"
+        )
+
+
+def _one_kv_cache_group(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    model = vllm_config.model_config
+    if (
+        model is None
+        or not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    ):
+        return
+    kinds = sorted(set(getattr(model.hf_text_config, "layer_types", None) or []))
+    if len(kinds) > 1:
+        yield Refusal(
+            "disable_hybrid_kv_cache_manager",
+            "must be unset with --attention-backend sink for a model that has several "
+            "kinds of layers",
+            f"True for {model.model!r} with {', '.join(kinds)}",
+            "drop --disable-hybrid-kv-cache-manager",
         )
 
 
@@ -226,5 +298,8 @@ CHECKS: tuple[Check, ...] = (
     _kv_connector,
     _kind_of_model,
     _retrieval_heads,
+    _reaches_no_layer,
+    _one_kv_cache_group,
+    refuse_drafter,
     _interpreter,
 )

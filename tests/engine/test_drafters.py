@@ -1,0 +1,153 @@
+"""Drafters obey the policy: same tokens as without them, within the same memory."""
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.helpers.drafters import (
+    OTHER_HEADS,
+    TARGET,
+    generate,
+    group_kinds,
+    save_eagle,
+    save_guessable,
+)
+from tests.helpers.engine import core, model_runner, sink_engine
+from vllm_sink.policy.layout import RetentionPolicy
+
+SINKS, WINDOW, BLOCK, DRAFTS = 4, 44, 16, 3
+POLICY = RetentionPolicy(SINKS, WINDOW)
+# While decoding: the last token, its drafts, and as many looked ahead.
+MOST_BLOCKS = POLICY.max_blocks(1 + 2 * DRAFTS + 1, 10**6, BLOCK)
+PARAMS = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+
+
+def engine(model, speculative, **changes):
+    settings = {
+        "block_size": BLOCK,
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 64,  # prompts come in chunks
+        "skip_tokenizer_init": True,
+        "speculative_config": speculative
+        and {"num_speculative_tokens": DRAFTS, **speculative},
+    }
+    return sink_engine(model, SINKS, WINDOW, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    make = tmp_path_factory.mktemp
+    return {
+        "target": save_guessable(make("target")),
+        "other heads": save_guessable(make("draft"), **OTHER_HEADS),
+        "eagle": save_eagle(make("eagle")),
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        torch.randint(1, TARGET["vocab_size"], (length,), generator=generator).tolist()
+        for length in (31, 150)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(folders, prompts):
+    with engine(folders["target"], None) as llm:
+        return generate(llm, prompts, PARAMS)[0]
+
+
+@pytest.mark.parametrize(
+    "method, folder, kind",
+    [
+        ("draft_model", "target", "SinkSpec"),
+        ("draft_model", "other heads", "UniformTypeKVCacheSpecs"),
+        ("eagle", "eagle", "SinkSpec"),
+        ("ngram", None, "SinkSpec"),
+    ],
+)
+def test_tokens_and_memory(method, folder, kind, folders, prompts, plain):
+    speculative = {"method": method}
+    if folder is None:
+        speculative |= {"prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    else:
+        speculative["model"] = folders[folder]
+    with engine(folders["target"], speculative) as llm:
+        assert group_kinds(llm) == [kind]
+        tokens, drafted, accepted, most = generate(llm, prompts, PARAMS)
+        if folder is not None:
+            own = model_runner(llm).drafter.draft_attn_groups
+            assert [group.backend.get_name() for group in own] == ["SINK"]
+    assert tokens == plain
+    assert 0 < accepted <= drafted
+    if folder == "target":
+        assert accepted == drafted > 60
+    assert 0 < most <= MOST_BLOCKS
+
+
+def test_a_real_model_drafts_for_itself(model_path, prose):
+    """Each of its drafts is its own next token, past the window and the sinks."""
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    prompts = [prose[1000:1200]]
+    settings = {"block_size": 32, "max_num_batched_tokens": 128}
+    with engine(model_path, None, **settings) as llm:
+        plain = generate(llm, prompts, params)[0]
+    speculative = {"method": "draft_model", "model": model_path}
+    with engine(model_path, speculative, **settings) as llm:
+        tokens, drafted, accepted, _ = generate(llm, prompts, params)
+    assert tokens == plain
+    assert accepted == drafted >= 15
+
+
+def test_on_cuda_the_drafter_is_placed_as_well(folders, prompts, plain, as_on_cuda):
+    speculative = {"method": "draft_model", "model": folders["other heads"]}
+    with engine(folders["target"], speculative) as llm:
+        backend = core(llm).vllm_config.speculative_config.attention_backend
+        assert backend.name == "SINK"
+        assert generate(llm, prompts, PARAMS)[0] == plain
+
+
+def test_a_drafter_elsewhere_is_refused(folders):
+    speculative = {
+        "method": "draft_model",
+        "model": folders["target"],
+        "attention_backend": "CPU_ATTN",
+    }
+    message = (
+        "speculative_config.attention_backend must be SINK or unset .* got CPU_ATTN; "
+        "take it out"
+    )
+    with (
+        pytest.raises(ValueError, match=message),
+        engine(folders["target"], speculative),
+    ):
+        pass
+
+
+def test_draft_model_for_a_hybrid_is_refused_on_v1(folders, tmp_path):
+    """Its layers would be given the block table of a group that isn't theirs."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **TARGET,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    speculative = {"method": "draft_model", "model": folders["target"]}
+    message = (
+        "method must not be 'draft_model' on model runner V1 .* got SinkSpec, "
+        "SlidingWindowSpec; choose ngram or eagle"
+    )
+    with (
+        pytest.raises(ValueError, match=message),
+        engine(str(tmp_path), speculative),
+    ):
+        pass

@@ -1,0 +1,84 @@
+"""Drafters to try, and a look at what became of their drafts."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.engine import core, run_steps
+from tests.helpers.random_llama import save_llama
+
+TARGET = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64}
+OTHER_HEADS = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def save_guessable(folder: Path, **config) -> str:
+    """The folder of a random Llama whose next token another one often guesses.
+
+    The output's rows are the embeddings of the tokens before: about half of the
+    time the token alone decides the next one, else what attention sees does.
+    """
+    path = Path(save_llama(folder, **(TARGET | config)))
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(weights["lm_head.weight"].shape, generator=generator)
+    weights["model.embed_tokens.weight"] = rows * 0.5
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))
+    weights["lm_head.weight"] = rows[order].contiguous()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def save_eagle(folder: Path) -> str:
+    """The folder of an EAGLE drafter for :func:`save_guessable`'s, random otherwise."""
+    path = Path(save_guessable(folder, num_hidden_layers=1))
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(path / "model.safetensors").items()
+        if name != "model.norm.weight"
+    }
+    hidden = TARGET["hidden_size"]
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(hidden, hidden, generator=generator) * 0.02
+    weights["fc.weight"] = torch.cat([torch.eye(hidden), mix], dim=1)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def group_kinds(llm) -> list[str]:
+    """The class of each KV cache group's spec."""
+    groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+    return [type(group.kv_cache_spec).__name__ for group in groups]
+
+
+def generate(llm, prompts, params) -> tuple[dict[str, list[int]], int, int, int]:
+    """Tokens by request, drafted and accepted tokens, most blocks while decoding."""
+    scheduler = core(llm).scheduler
+    counts = [0, 0]
+    count_drafts = scheduler.make_spec_decoding_stats
+
+    def spy(stats, *, num_draft_tokens, num_accepted_tokens, **kwargs):
+        counts[0] += num_draft_tokens
+        counts[1] += num_accepted_tokens
+        return count_drafts(stats, num_draft_tokens, num_accepted_tokens, **kwargs)
+
+    scheduler.make_spec_decoding_stats = spy
+    most = 0
+
+    def on_step():
+        nonlocal most
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        for request in scheduler.requests.values():
+            if request.num_computed_tokens < request.num_prompt_tokens + 8:
+                continue
+            for manager in managers:
+                blocks = manager.req_to_blocks.get(request.request_id, [])
+                most = max(most, sum(not block.is_null for block in blocks))
+
+    tokens = run_steps(llm, prompts, params, on_step)
+    return tokens, counts[0], counts[1], most

@@ -1,0 +1,172 @@
+"""Each setting that is refused from the configuration alone, as a case to try."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+
+def backend(name: str) -> SimpleNamespace:
+    """Looks like a member of vLLM's enum of attention backends."""
+    return SimpleNamespace(name=name)
+
+
+def drafter(method: str, **changes: Any) -> SimpleNamespace:
+    """Looks like vLLM's ``SpeculativeConfig``."""
+    config = SimpleNamespace(
+        method=method,
+        attention_backend=None,
+        target_model_config=None,
+        draft_model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(model_type="llama")
+        ),
+        use_gemma4_mtp=lambda: False,
+        use_step3p5_mtp=lambda: False,
+    )
+    vars(config).update(changes)
+    return config
+
+
+def stub_config(**changes: Any) -> SimpleNamespace:
+    """What the checks read of a ``VllmConfig``: a model that is served as it is.
+
+    Args:
+        changes: Values by name; ``owner__name`` is the field of an inner config.
+    """
+    config = SimpleNamespace(
+        additional_config={},
+        attention_config=SimpleNamespace(backend=backend("SINK"), backend_per_kind={}),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+        ),
+        kv_transfer_config=None,
+        speculative_config=None,
+        cache_config=SimpleNamespace(sliding_window=None),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=None),
+        model_config=SimpleNamespace(
+            model="m",
+            max_model_len=4096,
+            use_mla=False,
+            is_encoder_decoder=False,
+            is_attention_free=False,
+            is_mm_prefix_lm=False,
+            attention_chunk_size=None,
+            hf_text_config=SimpleNamespace(),
+        ),
+    )
+    for path, value in changes.items():
+        owner, _, name = path.rpartition("__")
+        setattr(getattr(config, owner) if owner else config, name, value)
+    return config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One refusal.
+
+    Args:
+        name: Of the test.
+        setting: What the message starts with.
+        changes: Of :func:`stub_config`.
+        message: A regular expression: setting, value, remedy.
+    """
+
+    name: str
+    setting: str
+    changes: dict[str, Any]
+    message: str
+
+
+_MIXED = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+
+CASES = [
+    Case(
+        "decode context parallel",
+        "decode_context_parallel_size",
+        {"parallel_config__decode_context_parallel_size": 2},
+        "decode_context_parallel_size must be 1 .* got 2; .* tensor",
+    ),
+    Case(
+        "prefill context parallel",
+        "prefill_context_parallel_size",
+        {"parallel_config__prefill_context_parallel_size": 4},
+        "prefill_context_parallel_size must be 1 .* got 4; .* tensor",
+    ),
+    Case(
+        "KV connector",
+        "kv_connector",
+        {"kv_transfer_config": SimpleNamespace(kv_connector="LMCache")},
+        "kv_connector must be unset .* got 'LMCache'; .* drop --kv-transfer",
+    ),
+    Case(
+        "MLA",
+        "model",
+        {"model_config__use_mla": True},
+        "must not use MLA .* got 'm'; serve",
+    ),
+    Case(
+        "encoder-decoder",
+        "model",
+        {"model_config__is_encoder_decoder": True},
+        "must be decoder-only .* encoder-decoder 'm'; drop",
+    ),
+    Case(
+        "chunked-local attention",
+        "model",
+        {"model_config__attention_chunk_size": 8192},
+        "must not use chunked-local .* got 'm' with attention_chunk_size 8192; drop",
+    ),
+    Case(
+        "images seen both ways",
+        "model",
+        {"model_config__is_mm_prefix_lm": True},
+        "must not look both ways .* got 'm'; pass --language-model-only",
+    ),
+    Case(
+        "no attention",
+        "model",
+        {"model_config__is_attention_free": True},
+        "must have a layer .* --attention-backend sink and its sink section .* got "
+        "'m', which has no attention; drop --attention-backend sink and the section",
+    ),
+    Case(
+        "own windows everywhere",
+        "model",
+        {"cache_config__sliding_window": 4096},
+        "must have a layer .* layers all keep a window of 4096 tokens; drop",
+    ),
+    Case(
+        "no hybrid KV cache manager",
+        "disable_hybrid_kv_cache_manager",
+        {
+            "scheduler_config__disable_hybrid_kv_cache_manager": True,
+            "model_config__hf_text_config": _MIXED,
+        },
+        "disable_hybrid_kv_cache_manager must be unset .* got True for 'm' with "
+        "full_attention, sliding_attention; drop --disable-hybrid-kv-cache-manager",
+    ),
+    Case(
+        "drafter that isn't causal",
+        "speculative_config.method",
+        {"speculative_config": drafter("dflash")},
+        "method must be one of custom_class, draft_model, eagle, .* got 'dflash' "
+        r"\(llama\); choose one",
+    ),
+    Case(
+        "drafter that reads the target's cache",
+        "speculative_config.method",
+        {"speculative_config": drafter("mtp", use_gemma4_mtp=lambda: True)},
+        "method must be one of .* got 'mtp'",
+    ),
+    Case(
+        "drafter under another backend",
+        "speculative_config.attention_backend",
+        {
+            "speculative_config": drafter(
+                "eagle", attention_backend=backend("FLASH_ATTN")
+            )
+        },
+        "attention_backend must be SINK or unset .* got FLASH_ATTN; take it out",
+    ),
+]
