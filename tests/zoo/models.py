@@ -33,9 +33,6 @@ class Entry:
         config: Changes to BASE.
         refused: By mode, what the start says where it is refused.
         notes: What else holds.
-        extra_window: Tokens that vLLM's own windows of this model have more than
-            Hugging Face's.
-        learned_positions: It embeds positions, and no mode moves them.
     """
 
     name: str
@@ -44,8 +41,6 @@ class Entry:
     config: dict = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     notes: str = ""
-    extra_window: int = 0
-    learned_positions: bool = False
 
 
 def rope(kind: str, **more) -> dict:
@@ -148,19 +143,6 @@ ZOO = [
     ),
     Entry("Granite", "granite", "Granite 3, 4", {"attention_multiplier": 0.2}),
     Entry("Cohere", "cohere", "Command R", {"tie_word_embeddings": True}),
-    Entry(
-        "Cohere 2",
-        "cohere2",
-        "Command R7B, Command A",
-        {
-            "sliding_window": 40,
-            "layer_types": SLIDE,
-            "tie_word_embeddings": True,
-        },
-        notes="own windows kept, as vLLM has them: one token more than Hugging "
-        "Face's; full layers not rotated",
-        extra_window=1,
-    ),
     Entry("GLM-4", "glm4", "GLM-4-0414", {"head_dim": 32}),
     Entry("GLM", "glm", "GLM-4-9B", {"head_dim": 32}),
     Entry("StarCoder 2", "starcoder2", "StarCoder2", {"sliding_window": None}),
@@ -212,28 +194,6 @@ ZOO = [
     Entry("Apertus", "apertus", "Apertus"),
     Entry("Arcee", "arcee", "AFM-4.5B", {"head_dim": 32}),
     Entry("Nemotron", "nemotron", "Minitron, Nemotron 4"),
-    # No grouped heads: vLLM would believe a num_key_value_heads that it has not.
-    Entry("GPT-NeoX", "gpt_neox", "Pythia, GPT-NeoX", {"num_key_value_heads": 4}),
-    Entry(
-        "OPT",
-        "opt",
-        "OPT",
-        {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_key_value_heads": 4},
-        notes="learned positions: nothing to turn",
-        learned_positions=True,
-    ),
-    Entry(
-        "LFM2",
-        "lfm2",
-        "LFM2",
-        {
-            "layer_types": ["conv", "full_attention"] * 2,
-            "conv_dim": 128,
-            "block_dim": 128,
-            "block_multiple_of": 64,
-        },
-        notes="convolution layers beside",
-    ),
 ]
 
 

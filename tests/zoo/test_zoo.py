@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
-from tests.zoo.models import VOCABULARY, ZOO, Entry, save
+from tests.zoo.models import VOCABULARY, ZOO, save
 from tests.zoo.reference import load, logprobs
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
@@ -41,19 +41,12 @@ class Reference:
     changes Hugging Face's class of the model, for all of its instances.
     """
 
-    def __init__(self, entry: Entry, path: str, tokens: list[int]) -> None:
+    def __init__(self, path: str, tokens: list[int]) -> None:
         model = load(path)
-
-        def want(window: int, positions: str) -> torch.Tensor:
-            if entry.learned_positions:
-                positions = "absolute"
-            extra = entry.extra_window
-            return logprobs(model, tokens, SINKS, window, positions, extra)
-
         self.want = {
-            "cache": want(WINDOW, "cache"),
-            "absolute": want(WINDOW, "absolute"),
-            "dense": want(LENGTH, "absolute"),
+            "cache": logprobs(model, tokens, SINKS, WINDOW, "cache"),
+            "absolute": logprobs(model, tokens, SINKS, WINDOW, "absolute"),
+            "dense": logprobs(model, tokens, SINKS, LENGTH, "absolute"),
         }
 
     def check(self, got: torch.Tensor, positions: str) -> None:
@@ -67,7 +60,7 @@ def test_architecture(entry, tmp_path):
     """Chunked, past S + W, in both modes; or refused, and why."""
     path = save(entry, tmp_path)
     tokens = tokens_of()
-    reference = Reference(entry, path, tokens)
+    reference = Reference(path, tokens)
     found = {"implementation": "-"}
     some = WHOLE or entry.refused or entry.name in IN_BOTH
     for positions in ("cache", "absolute") if some else ("cache",):
