@@ -40,7 +40,13 @@ def curves(axis, rows, metric: str, title: str, unit: str) -> None:
     axis.set_ylabel(unit)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(
-        lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
+        lambda x, _: (
+            f"{x / 2**20:g}M"
+            if x >= 2**20
+            else f"{x / 1024:g}k"
+            if x >= 1024
+            else f"{x:g}"
+        )
     )
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
@@ -96,6 +102,24 @@ def capacity() -> None:
     save(figure, "capacity", rows)
 
 
+def million() -> None:
+    rows = common.read("million")
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    curves(axes[0], rows, "chunk", "Prefill of 2,048 tokens", "ms")
+    curves(
+        axes[1], rows, "kv_blocks", "KV cache of one request", "blocks of 128 tokens"
+    )
+    ours = [row for row in rows if row["engine"] == "sink"]
+    curves(axes[2], ours, "resident", "Memory of the process", "MiB")
+    axes[0].legend(frameon=False)
+    for axis in axes[:2]:
+        axis.set_ylim(auto=True)
+        axis.set_yscale("log")
+    save(figure, "million", rows)
+
+
 def peers() -> None:
     rows = common.read("peers")
     if not rows:
@@ -114,6 +138,7 @@ def peers() -> None:
 def main() -> None:
     stream()
     capacity()
+    million()
     peers()
 
 

@@ -15,7 +15,9 @@ BENCHMARKS = (
     "capacity",
     "peers",
     "manager_cost",
+    "million",
 )
+OWN_MODEL = ("manager_cost", "attention", "million")  # none, or a random one
 
 
 def main() -> None:
@@ -26,7 +28,7 @@ def main() -> None:
     failed = []
     for name in args.only:
         command = [sys.executable, "-m", f"benchmarks.{name}"]
-        if name not in ("manager_cost", "attention"):  # these run no model
+        if name not in OWN_MODEL:
             command += ["--model", args.model]
             command += ["--quick"] if args.quick else []
         if name == "peers" and args.llama_python:
