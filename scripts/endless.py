@@ -1,0 +1,252 @@
+"""A log (or a chat) that never ends, read by one session in constant memory.
+
+    python scripts/endless.py MODEL                      # Python's manual, in a circle
+    tail -f app.log | python scripts/endless.py MODEL -  # or a log of your own
+
+One streaming-input session of vLLM: every ``--chunk`` tokens of text are a turn, and
+the model says a few words after each. A line a turn shows what the session holds;
+the same counters are on http://127.0.0.1:PORT/metrics. Ctrl-C ends it.
+
+A session ends at ``--max-model-len``, for the rotary table has no further row. The next
+one then starts with the opening and the last turns' text, and forgets the rest, which
+the old one had evicted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+OPENING = "The following is a log. After each part, say in a few words what is new.\n"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="model folder or name")
+    add("text", nargs="?", help="a text file, - for standard input")
+    add("--sinks", type=int, default=4, help="S (4)")
+    add("--window", type=int, default=4092, help="W (4092)")
+    add("--chunk", type=int, default=512, help="tokens of text a turn (512)")
+    add("--answer", type=int, default=16, help="tokens of answer a turn (16)")
+    add("--tokens", type=int, help="stop after so many tokens in all")
+    add("--max-model-len", type=int, default=131072, help="of one session (131072)")
+    add("--port", type=int, default=0, help="of /metrics (one that is free)")
+    add("--ray", action="store_true", help="run the worker over Ray")
+    add("--dtype", default="auto")
+    return parser.parse_args()
+
+
+def read_text(path: str | None) -> Iterator[str]:
+    """Pieces of text; a file ends, Python's manual starts over."""
+    if path == "-":
+        yield from sys.stdin
+    elif path is not None:
+        with open(path, errors="replace") as file:
+            yield from file
+    else:
+        from pydoc_data.topics import topics
+
+        while True:
+            for key in sorted(topics):
+                yield topics[key]
+
+
+def chunks(pieces: Iterator[str], tokenizer, size: int) -> Iterator[list[int]]:
+    """Tokens of the text, ``size`` at a time."""
+    tokens: list[int] = []
+    for piece in pieces:
+        tokens += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        while len(tokens) >= size:
+            yield tokens[:size]
+            tokens = tokens[size:]
+    if tokens:
+        yield tokens
+
+
+def metrics_page(port: int) -> int:
+    """Serve /metrics on the loopback interface; returns the port."""
+    import prometheus_client
+
+    server, _ = prometheus_client.start_http_server(port, "127.0.0.1")
+    return server.server_port
+
+
+def live_blocks() -> int:
+    """What /metrics says of the blocks that requests hold."""
+    from prometheus_client import REGISTRY
+
+    for metric in REGISTRY.collect():
+        if metric.name == "vllm:sink_live_blocks":
+            return int(sum(sample.value for sample in metric.samples))
+    return 0
+
+
+def resident_mib() -> float:
+    """Memory of this process and of all that it started, shared pages counted once."""
+    import psutil
+
+    own = psutil.Process()
+    total = 0
+    for process in (own, *own.children(recursive=True)):
+        try:
+            total += process.memory_full_info().uss
+        except psutil.Error:
+            continue  # it ended in between
+    return total / 2**20
+
+
+class Session:
+    """One request that is fed turn by turn.
+
+    Args:
+        engine: An ``AsyncLLM``.
+        opening: Tokens that come first: the sinks are among them.
+        text: Where turns come from; shared with the session after this one.
+        room: Tokens of the session, answers included.
+    """
+
+    def __init__(self, engine, opening, text, room: int, answer: int) -> None:
+        self.engine = engine
+        self.opening = opening
+        self.text = text
+        self.room = room
+        self.answer = answer
+        self.num_tokens = 0
+        self.recent: deque[list[int]] = deque(maxlen=4)
+        self.is_over = False  # the text is
+        self._answered = asyncio.Event()
+
+    async def turns(self) -> AsyncGenerator:
+        """A turn when the one before is answered; ends when the room does."""
+        from vllm.engine.protocol import StreamingInput
+
+        first = self.opening
+        while True:
+            # A log may be silent for hours: don't hold up the event loop.
+            tokens = await asyncio.to_thread(next, self.text, None)
+            if tokens is None:
+                self.is_over = True
+                return
+            self.recent.append(tokens)
+            self._answered.clear()
+            # vLLM extends this list in place: give it one of its own.
+            prompt = [*first, *tokens]
+            self.num_tokens += len(prompt)
+            yield StreamingInput(prompt={"prompt_token_ids": prompt})
+            first = []
+            await self._answered.wait()
+            if self.num_tokens + len(tokens) + 2 * self.answer > self.room:
+                return
+
+    async def run(self, name: str) -> AsyncGenerator[tuple[str, float], None]:
+        """(answer, seconds a token) of every turn."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=self.answer,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        text, count, start = "", 0, 0.0
+        outputs = self.engine.generate(self.turns(), params, name)
+        async with aclosing(outputs):
+            async for output in outputs:
+                for piece in output.outputs:
+                    text += piece.text
+                    start = start or time.monotonic()
+                    count += len(piece.token_ids)
+                if count < self.answer:
+                    continue
+                seconds = (time.monotonic() - start) / max(count - 1, 1)
+                # The last token of a turn is sampled and dropped by vLLM.
+                self.num_tokens += count - 1
+                yield text, seconds
+                text, count, start = "", 0, 0.0
+                self._answered.set()
+
+
+async def follow(args: argparse.Namespace) -> None:
+    """Session after session, until the text ends or ``--tokens`` are read."""
+    from transformers import AutoConfig
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    trained = AutoConfig.from_pretrained(args.model).get_text_config()
+    overrides = {}
+    if trained.max_position_embeddings < args.max_model_len:
+        # A row of the rotary table for every position.
+        overrides = {"max_position_embeddings": args.max_model_len}
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            args.model,
+            attention_backend="sink",
+            additional_config={
+                "sink": {"num_sink_tokens": args.sinks, "window_size": args.window}
+            },
+            max_model_len=args.max_model_len,
+            hf_overrides=overrides,
+            dtype=args.dtype,
+            enforce_eager=True,
+            distributed_executor_backend="ray" if args.ray else None,
+        )
+    )
+    print(f"metrics: http://127.0.0.1:{metrics_page(args.port)}/metrics", flush=True)
+    tokenizer = engine.get_tokenizer()
+    text = chunks(read_text(args.text), tokenizer, args.chunk)
+    opening = tokenizer(OPENING)["input_ids"]
+    start, total = opening, 0
+    print(f"{'tokens':>10} {'KV blocks':>9} {'MiB':>7} {'ms a token':>10}", flush=True)
+    try:
+        for number in range(sys.maxsize):
+            session = Session(engine, start, text, args.max_model_len, args.answer)
+            async with aclosing(session.run(f"log-{number}")) as answers:
+                async for answer, seconds in answers:
+                    read = total + session.num_tokens
+                    print(
+                        f"{read:>10,} {live_blocks():>9} {resident_mib():>7,.0f} "
+                        f"{1e3 * seconds:>10.1f}  {json.dumps(answer)[:48]}",
+                        flush=True,
+                    )
+                    if args.tokens and read >= args.tokens:
+                        return
+            if session.is_over:
+                return
+            total += session.num_tokens
+            recent = [token for turn in session.recent for token in turn]
+            start = [*opening, *recent[-args.max_model_len // 4 :]]
+    finally:
+        engine.shutdown()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.max_model_len < 4 * (args.chunk + args.answer):
+        sys.exit(
+            "--max-model-len must be at least four turns (--chunk + --answer), got "
+            f"{args.max_model_len}; make it larger or a turn shorter"
+        )
+    if Path(args.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # On a CPU vLLM takes nine tenths of the memory unless told: little is needed.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    try:
+        asyncio.run(follow(args))
+    except KeyboardInterrupt:
+        print("ended")
+
+
+if __name__ == "__main__":
+    main()
