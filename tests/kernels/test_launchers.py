@@ -160,7 +160,7 @@ def test_launchers_do_not_read_device_memory(monkeypatch):
 
 
 def test_tables_end_with_a_row_for_everything():
-    for table in (launch_config.DECODE, launch_config.PREFILL):
+    for table in (launch_config.DECODE, launch_config.PREFILL, launch_config.FP32):
         assert {"cuda", "hip"} <= table.keys()
         for rows in table.values():
             last = rows[-1]
@@ -192,7 +192,9 @@ def test_lookup_takes_the_first_row_that_fits():
     assert found(head_size=80) == c
     assert found("sm_90", 256) == a
     assert found("gfx1100") == b
-    assert found(head_size=80, dtype=torch.float32) == launch_config.FP32[0].config
+    assert (
+        found(head_size=80, dtype=torch.float32) == launch_config.FP32["cuda"][0].config
+    )
     with pytest.raises(ValueError, match="head_size must be at most 256, got 264"):
         found(head_size=264)
 

@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[GPUTarget, int, int, int, int]] = {
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma|tcgen05\.mma", "hip": r"v_mfma"}
 INSTRUCTION = {"cuda": r"\n\s+[@a-z].*;", "hip": r"\n\t[vsdb]\w*_\w+"}
-TILES_AHEAD = 2
+LITTLE_ROOM = ("fp32", "gfx942", 256)
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,11 @@ def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
     )
 
 
+def tiles_ahead_wanted(case: Case) -> int:
+    """Two; one where shared memory has no room for two (see ``launch_config``)."""
+    return 1 if (case.dtype, case.target, case.head_size) == LITTLE_ROOM else 2
+
+
 def problems(case: Case, r: Resources) -> list[str]:
     """Why the case must not ship, if it must not."""
     found = []
@@ -304,8 +309,9 @@ def problems(case: Case, r: Resources) -> list[str]:
         found.append(f"shared memory {r.shared} above the target's {limit}")
     if case.dtype != "fp32" and not r.matrix_instructions:
         found.append("no matrix instruction")
-    if r.tiles_ahead < TILES_AHEAD:
-        found.append(f"K and V loaded {r.tiles_ahead} tiles ahead: want {TILES_AHEAD}")
+    want = tiles_ahead_wanted(case)
+    if r.tiles_ahead < want:
+        found.append(f"K and V loaded {r.tiles_ahead} tiles ahead: want {want}")
     if 0 <= r.wait < 2:
         found.append(f"a loop's wait leaves {r.wait} copies in flight: want a tile's 2")
     if r.occupancy == 0:

@@ -43,3 +43,24 @@ def test_a_layer_that_keeps_everything(model, monkeypatch):
         used = replay_graphs(llm, "FULL", monkeypatch)
         assert_same(first_turn(llm), first)
         assert set(used) == {"mixed"}
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_heads_of_two_kinds_in_one_layer(tmp_path, monkeypatch, window):
+    """Each KV head's cache, block table and slots by address, graphs included."""
+    path = save_llama(
+        tmp_path, **SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    policy = {"retrieval_heads": [[1, 0], [0, 1]], "retrieval_window_size": window}
+    with serving(path, "v1", policy=policy) as llm:
+        first = first_turn(llm)
+        second = second_turn(llm, first)
+    with serving(path, "v2", policy=policy) as llm:
+        assert len(managers(llm)) == 2
+        assert_same(first_turn(llm), first)
+        answers = second_turn(llm, first)
+        assert_same(answers, second)
+        assert all(answer.cached > 0 for answer in answers)
+        used = replay_graphs(llm, "FULL", monkeypatch)
+        assert_same(first_turn(llm), first)
+        assert set(used) == {"mixed"}

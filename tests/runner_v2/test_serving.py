@@ -86,16 +86,24 @@ def test_graphs(model, llm, want):
 
 
 def ignore_in_kernels(monkeypatch, **changes) -> None:
+    """Every layer with sinks runs its kernels with these arguments instead."""
     from vllm_sink.attention import gpu
 
-    for name in ("sink_decode", "sink_prefill"):
-        launcher = getattr(gpu, name)
+    arguments, find = gpu.AttentionArgs, gpu.SinkGpuImpl._find_launchers
 
-        def ignore(*args, launcher=launcher, **kwargs):
-            sinks = kwargs["num_sink_tokens"]
-            return launcher(*args, **(kwargs | (changes if sinks else {})))
+    def ignore(**kwargs):
+        sinks = kwargs["num_sink_tokens"]
+        return arguments(**(kwargs | (changes if sinks else {})))
 
-        monkeypatch.setattr(gpu, name, ignore)
+    def find_again(impl, *args):  # launches that were prepared stay as they are
+        prepared, impl._launchers = impl._launchers, {}
+        try:
+            return find(impl, *args)
+        finally:
+            impl._launchers = prepared
+
+    monkeypatch.setattr(gpu, "AttentionArgs", ignore)
+    monkeypatch.setattr(gpu.SinkGpuImpl, "_find_launchers", find_again)
 
 
 def test_a_wider_mask_shows(llm, want, monkeypatch):

@@ -61,12 +61,12 @@ DECODE: dict[str, list[Row]] = {
     "cuda": [
         Row(64, 16, 1024, LaunchConfig(16, 64, 4, 3)),
         Row(64, ANY, ANY, LaunchConfig(16, 128, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
         Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
     ],
     "sm_80": [
         Row(64, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
-        Row(128, ANY, ANY, LaunchConfig(16, 64, 4, 3)),
+        Row(128, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
         Row(256, ANY, ANY, LaunchConfig(16, 32, 4, 3)),
     ],
     "sm_90": [
@@ -110,11 +110,18 @@ PREFILL: dict[str, list[Row]] = {
 PREFILL["sm_100"] = PREFILL["sm_90"]
 
 # fp32 has no matrix instruction of its full precision on CUDA: small tiles, many
-# threads, whatever the target.
-FP32 = [
-    Row(128, ANY, ANY, LaunchConfig(32, 16, 8, 3)),
-    Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 3)),
-]
+# threads. At head size 256 the 64 KiB of gfx942 hold one tile ahead, not two.
+FP32: dict[str, list[Row]] = {
+    "cuda": [
+        Row(128, ANY, ANY, LaunchConfig(32, 16, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 3)),
+    ],
+    "hip": [
+        Row(128, ANY, ANY, LaunchConfig(32, 16, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 2)),
+    ],
+}
+FP32["gfx950"] = FP32["cuda"]
 
 
 @functools.cache
@@ -152,10 +159,9 @@ def lookup(
 ) -> LaunchConfig:
     """The first row that fits; fp32 queries take a row of ``FP32`` on any GPU."""
     family = "hip" if target.startswith("gfx") else "cuda"
-    rows = table.get(target, table[family])
     if dtype == torch.float32 and target != "interpreter":
-        rows = FP32
-    for row in rows:
+        table = FP32
+    for row in table.get(target, table[family]):
         if head_size <= row.head_size and group <= row.group and budget <= row.budget:
             break
     else:
