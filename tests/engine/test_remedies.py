@@ -122,6 +122,7 @@ def check(model, short, monkeypatch, **settings):
     assert (long[: len(short)] - short).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("importable_multimodal_models")
 def test_nested_text_config_beside_other_overrides(tmp_path, monkeypatch):
     model = save_nested(tmp_path)
     mine = {

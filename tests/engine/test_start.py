@@ -107,6 +107,7 @@ def test_only_layers_with_own_windows_selected(tmp_path):
     )
 
 
+@pytest.mark.usefixtures("importable_multimodal_models")
 def test_images_seen_both_ways(tmp_path):
     """Gemma 3 of 4B and more; vLLM's own selector has another message on CUDA."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration

@@ -47,7 +47,7 @@ def make_builder(
     )
     rotation = None if cos_sin_cache is None else Rotation(cos_sin_cache, True)
     monkeypatch.setattr(base, "find_rotation", lambda *_: rotation)
-    monkeypatch.setattr(base, "check_table", lambda *_: None)
+    monkeypatch.setattr(base, "measured_rotation", lambda *_: None)
     monkeypatch.setattr(base, "refuse_layers", lambda *_: None)
     speculative = num_speculative_tokens and drafter(
         "ngram", num_speculative_tokens=num_speculative_tokens, parallel_drafting=False

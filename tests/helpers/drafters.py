@@ -35,12 +35,20 @@ def save_guessable(folder: Path, **config) -> str:
 
 
 def save_eagle(folder: Path) -> str:
-    """The folder of an EAGLE drafter for :func:`save_guessable`'s, random otherwise."""
+    """The folder of an EAGLE drafter for :func:`save_guessable`'s, random otherwise.
+
+    It has no norm of its own input and output, and the target's output layer.
+    """
     path = Path(save_guessable(folder, num_hidden_layers=1))
+    dropped = {
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "lm_head.weight",
+    }
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in load_file(path / "model.safetensors").items()
-        if name != "model.norm.weight"
+        if name not in dropped
     }
     hidden = TARGET["hidden_size"]
     generator = torch.Generator().manual_seed(1)
