@@ -31,6 +31,8 @@ def _attend(module, query, key, value, mask, scaling=None, **kwargs):
     length = query.shape[2]
     p, k = torch.arange(length)[:, None], torch.arange(length)[None]
     scores = query[0] @ key.transpose(1, 2) * scaling
+    if own is not None:
+        own += _policy["extra_window"]
     if own is None:
         seen = (k <= p) & ((k < sinks) | (p - k < window))
         turned = query[1] @ key.transpose(1, 2) * scaling
@@ -53,9 +55,12 @@ AttentionInterface.register(NAME, _attend)
 
 
 @torch.inference_mode()
-def logprobs(model, tokens, sinks, window, positions) -> torch.Tensor:
-    """[T-1]: the log-probability of each token after the first."""
-    _policy.update(sinks=sinks, window=window)
+def logprobs(model, tokens, sinks, window, positions, extra_window=0) -> torch.Tensor:
+    """[T-1]: the log-probability of each token after the first.
+
+    ``extra_window`` tokens are added to windows of the model's own.
+    """
+    _policy.update(sinks=sinks, window=window, extra_window=extra_window)
     at = torch.arange(len(tokens))
     capped = at.clamp(max=sinks + window - 1) if positions == "cache" else at
     logits = model(

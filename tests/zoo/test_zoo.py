@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
-from tests.zoo.models import VOCABULARY, ZOO, save
+from tests.zoo.models import VOCABULARY, ZOO, Entry, save
 from tests.zoo.reference import load, logprobs
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
@@ -41,12 +41,22 @@ class Reference:
     changes Hugging Face's class of the model, for all of its instances.
     """
 
-    def __init__(self, path: str, tokens: list[int]) -> None:
+    def __init__(self, entry: Entry, path: str, tokens: list[int]) -> None:
         model = load(path)
+        self.is_rounded = entry.settings.get("dtype") == "bfloat16"
+        if self.is_rounded:  # the weights that the engine has, in exact arithmetic
+            model = model.to(torch.bfloat16).float()
+
+        def want(window: int, positions: str) -> torch.Tensor:
+            if entry.learned_positions:
+                positions = "absolute"
+            extra = entry.extra_window
+            return logprobs(model, tokens, SINKS, window, positions, extra)
+
         self.want = {
-            "cache": logprobs(model, tokens, SINKS, WINDOW, "cache"),
-            "absolute": logprobs(model, tokens, SINKS, WINDOW, "absolute"),
-            "dense": logprobs(model, tokens, SINKS, LENGTH, "absolute"),
+            "cache": want(WINDOW, "cache"),
+            "absolute": want(WINDOW, "absolute"),
+            "dense": want(LENGTH, "absolute"),
         }
 
     def check(self, got: torch.Tensor, positions: str) -> None:
@@ -54,13 +64,25 @@ class Reference:
         dense = (got - self.want["dense"]).abs().max()
         assert dense > 20 * TOLERANCE, "no policy to be seen"
 
+    def check_rounded(self, got, positions: str, unlimited) -> None:
+        """As close as the engine is to Hugging Face where nothing is evicted.
+
+        Rounding is that of the layers without attention, which the policy leaves
+        alone; what it does is far above.
+        """
+        rounding = (unlimited - self.want["dense"]).abs().mean()
+        error = (got - self.want[positions]).abs().mean()
+        effect = (self.want["dense"] - self.want[positions]).abs().mean()
+        assert error < 1.5 * rounding, (error, rounding)
+        assert effect > 4 * error, (effect, error)
+
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_architecture(entry, tmp_path):
     """Chunked, past S + W, in both modes; or refused, and why."""
     path = save(entry, tmp_path)
     tokens = tokens_of()
-    reference = Reference(path, tokens)
+    reference = Reference(entry, path, tokens)
     found = {"implementation": "-"}
     some = WHOLE or entry.refused or entry.name in IN_BOTH
     for positions in ("cache", "absolute") if some else ("cache",):
@@ -72,6 +94,7 @@ def test_architecture(entry, tmp_path):
             "max_num_seqs": 4,
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
+            **entry.settings,
         }
         if refused is not None:
             with (
@@ -84,8 +107,14 @@ def test_architecture(entry, tmp_path):
         with sink_engine(path, SINKS, WINDOW, **settings) as llm:
             found["implementation"] = server_of(model_runner(llm).get_model())
             got = prompt_logprobs(llm, [tokens])[0]
-        reference.check(got, positions)
-        found[positions] = "exact"
+        if reference.is_rounded:
+            with sink_engine(path, SINKS, LENGTH, **settings) as llm:
+                unlimited = prompt_logprobs(llm, [tokens])[0]
+            reference.check_rounded(got, positions, unlimited)
+            found[positions] = "within rounding"
+        else:
+            reference.check(got, positions)
+            found[positions] = "exact"
     outcomes[entry.name] = found
     if FOUND:
         with open(FOUND, "a") as file:

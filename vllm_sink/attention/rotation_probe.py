@@ -3,7 +3,9 @@
 The same few tokens stand at several positions, every attention layer returns
 zeros, and the q and k that reach it are kept. What differs between positions is
 then the rotation alone: no token sees another one, and nothing but the rotary
-module reads ``positions``.
+module reads ``positions``; learned embeddings of positions are held still. Mamba,
+linear-attention and convolution layers return zeros as well: without metadata vLLM's
+leave their output as ``torch.empty`` made it, another one for every row.
 
 The forward is the model's own, eager, without attention metadata, as when vLLM
 profiles memory: no KV cache is touched, nothing is compiled or captured.
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sequence import IntermediateTensors
 
 # Of the vocabulary, where the probed tokens are. Several, because a row of the
@@ -94,7 +98,11 @@ def probe(
     which = torch.arange(tokens).repeat_interleave(len(positions))
     which = torch.cat([which, torch.arange(tokens)])
     at = torch.tensor(positions * tokens + positions[:1] * tokens)
-    with _recorded(layers) as rows:
+    with (
+        _recorded(layers) as rows,
+        _held_embeddings(root, layers, vllm_config, at),
+        _held_states(root),
+    ):
         _forward(root, vllm_config, which, at)
     missing = sorted(set(layers) - set(rows))
     assert not missing, f"the forward did not reach {missing}"
@@ -124,6 +132,11 @@ def _arrange(
             parts.append(None)
             continue
         rows = rows.float().cpu()
+        assert len(rows) == (tokens * (count + 1)), (
+            f"{len(rows)} rows of {tuple(rows.shape[1:])} for {tokens * (count + 1)} "
+            "tokens: vLLM's number of heads (num_key_value_heads of the config?) is "
+            "not the model's"
+        )
         grid = rows[: tokens * count].unflatten(0, (tokens, count))
         again = rows[tokens * count :]
         length = again.norm().item()
@@ -154,6 +167,65 @@ def _recorded(layers: dict[str, Any]) -> Iterator[dict[str, tuple]]:
     finally:
         for layer in layers.values():
             layer.impl.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def _held_embeddings(
+    root: torch.nn.Module,
+    layers: dict[str, Any],
+    vllm_config: VllmConfig,
+    positions: torch.Tensor,
+) -> Iterator[None]:
+    """Learned positions answer as at the first position meanwhile.
+
+    They are a part of the token's content and rotate nothing. Held are embeddings
+    that are given the positions and answer a whole hidden state, wider than any
+    head: a table of angles that is read as an embedding still counts as a rotation.
+    """
+    width = vllm_config.model_config.get_hidden_size()
+    if width <= max((layer.head_size for layer in layers.values()), default=0):
+        yield
+        return
+
+    def hold(module, args, output):
+        at = args[0].flatten().cpu() if args else positions[:0]
+        if not torch.equal(at, positions) or output.shape[-1] != width:
+            return output
+        rows = output.reshape(-1, width)
+        return rows[:1].expand_as(rows).clone().view_as(output)
+
+    hooks = [
+        module.register_forward_hook(hold)
+        for module in root.modules()
+        if isinstance(module, (torch.nn.Embedding, VocabParallelEmbedding))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _held_states(root: torch.nn.Module) -> Iterator[None]:
+    """Layers that carry a state from token to token add nothing meanwhile."""
+
+    def zero(module, args, kwargs, result):
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        if isinstance(written := given.get("output"), torch.Tensor):
+            written.zero_()
+        return torch.zeros_like(result) if isinstance(result, torch.Tensor) else None
+
+    hooks = [
+        module.register_forward_hook(zero, with_kwargs=True)
+        for module in root.modules()
+        if isinstance(module, MambaBase)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

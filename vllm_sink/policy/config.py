@@ -194,8 +194,9 @@ class SinkConfig:
         known = [field.name for field in fields(cls)]
         for key in section:
             if key not in known:
+                shown = key if str(key).isprintable() else repr(key)
                 raise ValueError(
-                    f"{SECTION}.{key} must be one of {', '.join(known)}, got the "
+                    f"{SECTION}.{shown} must be one of {', '.join(known)}, got the "
                     f"unknown key {key!r} with value {section[key]!r}; remove or "
                     "rename it"
                 )

@@ -180,7 +180,7 @@ def recommended_fraction(source: Any) -> float | None:
     fraction = folder_config["retrieval_fraction"]
     if fraction is not None:
         check_fraction(
-            fraction, f"retrieval_fraction of the config.json beside {source}"
+            fraction, f"retrieval_fraction of the config.json beside {source!r}"
         )
     return fraction
 
@@ -217,9 +217,9 @@ def _config_beside(source: Any) -> dict | None:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} must be JSON, got {error}; mend it or move the pattern elsewhere"
+            f"{path!r} must be JSON, got {error}; mend it or move the pattern elsewhere"
         ) from None
     return config if isinstance(config, dict) else None
 
@@ -248,7 +248,7 @@ def _read_file(path: str, shape: ModelShape) -> Scores:
         ) from error
     if isinstance(values, dict):
         values = _fold_query_heads(values, shape, path)
-    scores = _checked(values, shape, path)
+    scores = _checked(values, shape, repr(path))
     if readers[kind] is _read_rows:
         scores = [[min(max(x, 0.0), 1.0) for x in layer] for layer in scores]
     return scores
@@ -292,9 +292,9 @@ def _fold_query_heads(values: dict, shape: ModelShape, path: str) -> Scores:
     scores = [[-math.inf] * shape.num_kv_heads for _ in range(shape.num_layers)]
     for key, (layer, head) in wanted.items():
         trials = values[key] if isinstance(values[key], list) else [values[key]]
-        mean = sum(trials) / len(trials) if trials else math.nan
-        if math.isnan(mean):  # max() would lose it
-            raise _not_a_number(path, layer, head, mean)
+        if not all(_is_finite(trial) for trial in trials) or not trials:
+            raise _not_a_number(repr(path), layer, head, values[key])
+        mean = sum(trial / len(trials) for trial in trials)
         scores[layer][head // group] = max(scores[layer][head // group], mean)
     return scores
 
@@ -317,10 +317,16 @@ def _checked(values: Any, shape: ModelShape, name: str) -> Scores:
         )
     for i, layer in enumerate(values):
         for head, score in enumerate(layer):
-            is_number = isinstance(score, (int, float))
-            if not is_number or not math.isfinite(score):
+            if not _is_finite(score):
                 raise _not_a_number(name, i, head, score)
     return [[float(score) for score in layer] for layer in values]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _not_a_number(name: str, layer: int, head: int, value: Any) -> ValueError:

@@ -9,6 +9,7 @@ layers are grouped as vLLM groups them, padding included.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -136,22 +137,31 @@ def read_shape(
                 f"model must have plain attention layers, got {what} ({name}="
                 f"{get(name)!r}); read vLLM's own figure in its start-up log"
             )
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        _check_count(name, get(name))
+    for name in ("num_key_value_heads", "head_dim", "hidden_size", "sliding_window"):
+        if get(name):
+            _check_count(name, get(name))
     num_layers = text.num_hidden_layers
-    window = get("sliding_window")
+    window = get("sliding_window") or None
     if get("use_sliding_window") is False:
         window = None
     layer_types = (
         get("layer_types")
         or ["sliding_attention" if window else "full_attention"] * num_layers
     )
-    # Layers that reuse the cache of an earlier layer write none of their own.
-    layer_types = layer_types[: num_layers - (get("num_kv_shared_layers") or 0)]
-    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-    if unknown:
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(layer_types, (list, tuple)) or any(
+        kind not in kinds for kind in layer_types
+    ):
         raise ValueError(
-            "layer_types must be full_attention or sliding_attention, got "
-            f"{', '.join(sorted(unknown))}; read vLLM's own figure in its start-up log"
+            f"layer_types must be a list of {' and '.join(kinds)}, got "
+            f"{layer_types!r}; read vLLM's own figure in its start-up log"
         )
+    # Layers that reuse the cache of an earlier layer write none of their own.
+    if shared := get("num_kv_shared_layers"):
+        _check_count("num_kv_shared_layers", shared, below=len(layer_types))
+        layer_types = layer_types[: num_layers - shared]
     num_sliding = layer_types.count("sliding_attention")
     if num_sliding and not window:
         raise ValueError(
@@ -159,6 +169,13 @@ def read_shape(
             f"with {num_sliding} sliding_attention layers; give it in config.json"
         )
     heads = text.num_attention_heads
+    head_size = get("head_dim") or (get("hidden_size") or 0) // heads
+    if not head_size or not layer_types:
+        raise ValueError(
+            "model must have attention layers of a known head size, got "
+            f"hidden_size={get('hidden_size')!r} and {len(layer_types)} layers; mend "
+            "the model's config.json"
+        )
     if dtype == "auto":
         dtype = str(get("dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in BYTES_PER_VALUE:
@@ -174,9 +191,18 @@ def read_shape(
         num_kv_heads=max(
             1, (get("num_key_value_heads") or heads) // tensor_parallel_size
         ),
-        head_size=get("head_dim") or text.hidden_size // heads,
+        head_size=head_size,
         bytes_per_value=BYTES_PER_VALUE[dtype],
     )
+
+
+def _check_count(name: str, value: Any, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < below:
+        limit = "" if math.isinf(below) else f" and < {below}"
+        raise ValueError(
+            f"{name} must be an integer > 0{limit}, got {value!r}; mend the model's "
+            "config.json"
+        )
 
 
 def parse_memory(text: str) -> int:
