@@ -186,7 +186,7 @@ def read_shape(
     return CacheShape(
         num_full_layers=len(layer_types) - num_sliding,
         num_sliding_layers=num_sliding,
-        sliding_window=window if num_sliding else 0,
+        sliding_window=window if num_sliding and window else 0,
         # Fewer KV heads than GPUs: vLLM replicates them.
         num_kv_heads=max(
             1, (get("num_key_value_heads") or heads) // tensor_parallel_size
