@@ -34,12 +34,12 @@ def save_guessable(folder: Path, **config) -> str:
     return str(path)
 
 
-def save_eagle(folder: Path) -> str:
+def save_eagle(folder: Path, **config) -> str:
     """The folder of an EAGLE drafter for :func:`save_guessable`'s, random otherwise.
 
     It has no norm of its own input and output, and the target's output layer.
     """
-    path = Path(save_guessable(folder, num_hidden_layers=1))
+    path = Path(save_guessable(folder, **(config | {"num_hidden_layers": 1})))
     dropped = {
         "model.norm.weight",
         "model.layers.0.input_layernorm.weight",
@@ -50,7 +50,7 @@ def save_eagle(folder: Path) -> str:
         for name, tensor in load_file(path / "model.safetensors").items()
         if name not in dropped
     }
-    hidden = TARGET["hidden_size"]
+    hidden = weights["embed_tokens.weight"].shape[1]
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(hidden, hidden, generator=generator) * 0.02
     weights["fc.weight"] = torch.cat([torch.eye(hidden), mix], dim=1)

@@ -4,6 +4,7 @@ import pytest
 from graphs import replay_graphs
 from serving import SMALL, ask, assert_same, random_tokens, serving
 
+from tests.helpers.drafters import save_eagle, save_guessable
 from tests.helpers.engine import core
 from tests.helpers.random_llama import save_llama
 
@@ -69,3 +70,26 @@ def test_the_model_drafting_for_itself(model, want, monkeypatch):
 def test_a_drafter_with_other_heads(model, other_heads, want):
     with drafting(model, other_heads) as llm:
         assert_same(ask(llm, PROMPTS[:1], 12), want[:1])
+
+
+def test_eagle(tmp_path, monkeypatch):
+    """One block table for all; some drafts are taken.
+
+    vLLM's n-gram drafter for runner V2 does not run in Triton's interpreter (``mask
+    has unsupported dtype`` in its kernel); it has no KV cache.
+    """
+    model = save_guessable(tmp_path / "target", **SMALL)
+    with serving(model, "v1") as llm:
+        steps_alone = count_steps(llm, monkeypatch)
+        want = ask(llm, PROMPTS, 24)
+    speculation = {
+        "method": "eagle",
+        "model": save_eagle(tmp_path / "drafter", **SMALL),
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    with serving(model, "v2", speculative_config=speculation) as llm:
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        assert [len(group.layer_names) for group in groups] == [3]
+        steps = count_steps(llm, monkeypatch)
+        assert_same(ask(llm, PROMPTS, 24), want)
+    assert len(steps) < len(steps_alone)
