@@ -55,6 +55,7 @@ POLICIES = [
     (((20, 1), FULL), 8),
 ]
 ROOTS = [random.Random(seed).choices(range(50), k=MAX_LEN) for seed in range(3)]
+ROOT_SEQUENCES = [Sequence(root) for root in ROOTS]  # with their names, once
 STEPS = settings(
     max_examples=70,
     stateful_step_count=100,
@@ -151,7 +152,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for count in range(limit, 0, -1):
             n = count * self.size
             if all(
-                oracle.longest_hit(life.sequence, n, cached) == n
+                oracle.is_hit(life.sequence, n, cached)
                 for oracle, cached in zip(self.oracles, names, strict=True)
             ):
                 return n
@@ -385,8 +386,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
             for oracle, row in self.rows(life):
                 own = sum(i != NULL for i in row)
                 assert own <= oracle.bound(life.in_flight), "above the bound"
-                oracle.check_visible(row, self.processed(life), life.sequence)
-                oracle.check_visible(row, computed, life.sequence)
+                for query in {self.processed(life), computed}:
+                    oracle.check_visible(row, query, life.sequence)
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held[block.block_id], "reference count"
         queue = [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()]
@@ -430,7 +431,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def families(self):
         """Block prefixes of every request seen lately, and of the roots."""
         size = self.size
-        for sequence in [Sequence(r) for r in ROOTS] + [
+        for sequence in ROOT_SEQUENCES + [
             life.sequence for life in self.running + self.waiting
         ]:
             count = len(sequence.tokens) // size

@@ -101,18 +101,20 @@ class Oracle:
             names.add(name)
         return names
 
-    def longest_hit(self, sequence: Sequence, limit: int, cached: set[int]) -> int:
-        """2.5: most tokens n <= limit whose sinks and ``[n-W+1, n)`` are cached."""
+    def is_hit(self, sequence: Sequence, n: int, cached: set[int]) -> bool:
+        """2.5: the sinks and ``[n-W+1, n)`` of so many whole blocks are cached."""
         size = self.block_size
-        for count in range(limit // size, 0, -1):
-            n = count * size
-            wanted = [
-                index
-                for index in range(count)
-                if any(self.sees(n, key) for key in self.tokens_of(index))
-            ]
-            if all(sequence.name((i + 1) * size - 1) in cached for i in wanted):
-                return n
+        return all(
+            sequence.name((index + 1) * size - 1) in cached
+            for index in range(n // size)
+            if any(self.sees(n, key) for key in self.tokens_of(index))
+        )
+
+    def longest_hit(self, sequence: Sequence, limit: int, cached: set[int]) -> int:
+        """2.5: most tokens of whole blocks, at most ``limit``, that are a hit."""
+        for count in range(limit // self.block_size, 0, -1):
+            if self.is_hit(sequence, count * self.block_size, cached):
+                return count * self.block_size
         return 0
 
     def serves_a_hit(self, index: int) -> bool:
