@@ -10,7 +10,13 @@ from vllm.model_executor.models.llama import LlamaAttention
 
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.attention.rotation import Rotation, Unknown, find_rotation, remember
+from vllm_sink.attention.rotation import (
+    Rotation,
+    Unknown,
+    check_table,
+    find_rotation,
+    remember,
+)
 from vllm_sink.attention.rotation_measure import measure_model
 from vllm_sink.attention.rotation_probe import ancestors
 
@@ -229,3 +235,10 @@ def test_turn_divides_the_magnitude_out():
     want = torch.tensor([0.0, 63 - 3999.0]).double()[:, None] * frequency
     assert torch.allclose(cos.double(), want.cos(), atol=1e-5)
     assert torch.allclose(sin.double(), want.sin(), atol=1e-5)
+
+
+def test_rows_for_every_position():
+    table = Rotation(torch.zeros(10, 4), True)
+    check_table("layer", table, 10)
+    with pytest.raises(ValueError, match=r"must be <= 10, the rows .* got 11"):
+        check_table("layer", table, 11)

@@ -1,7 +1,10 @@
 """Single properties of the block manager; its whole life is in the state machine."""
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import vllm
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
@@ -9,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from tests.helpers.block_managers import make_manager, sink_spec
+from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
 
 
@@ -76,6 +80,56 @@ def test_sinks_outlive_their_tails_in_the_cache():
         pool.free_blocks(taken)
 
 
-def test_runner_v2_nulls_no_entry_of_the_block_table():
-    """vLLM 0.33's V2 nulls entries below the window unless this is 0: the sinks'."""
-    assert sink_spec(RetentionPolicy(4, 20), 16).num_retained_tokens == 0
+@pytest.mark.parametrize("dropped", [0, 1])
+@pytest.mark.parametrize("policy", [(4, 60), (16, 32), (20, 1), (0, 33), (40, 17)])
+def test_longest_hit_whatever_is_cached(policy, dropped):
+    """Also where a drafter drops a hit's last block: the rest is a hit by itself."""
+    size, count = 16, 8
+    spec = sink_spec(RetentionPolicy(*policy), size)
+
+    def wanted(end: int) -> list[int]:
+        """Blocks that a hit of ``end`` of them needs, the dropped one included."""
+        n = (end - dropped) * size
+        tokens = [range(i * size, (i + 1) * size) for i in range(end)]
+        return [
+            i
+            for i, block in enumerate(tokens)
+            if block[0] < policy[0] or block[-1] > n - policy[1]
+        ]
+
+    for bits in range(1 << count):
+        cached = {i for i in range(count) if bits >> i & 1}
+        pool = SimpleNamespace(
+            hash_block_size=size,
+            null_block=None,
+            get_cached_block=lambda i, _, cached=cached: [i] if i in cached else None,
+        )
+        (hit,), length = SinkManager.find_longest_cache_hit(
+            list(range(count)),
+            count * size,
+            kv_cache_group_ids=[0],
+            block_pool=pool,
+            kv_cache_spec=spec,
+            drop_eagle_block=bool(dropped),
+            alignment_tokens=size,
+        )
+        ends = [end for end in range(1, count + 1) if cached >= set(wanted(end))]
+        assert length == max(max(ends, default=0) - dropped, 0) * size, cached
+        first, last = spec.policy.gap_blocks(length, size)
+        assert hit == [None if first <= i < last else i for i in range(len(hit))]
+        assert len(hit) * size == length
+
+
+def test_retrieval_heads_with_a_window_have_a_gauge_of_their_own():
+    policies = RetentionPolicy(4, 20), RetentionPolicy(4, 200)
+    windowed = replace(sink_spec(policies[1], 16), is_retrieval=True)
+    manager = make_manager(
+        policies[0],
+        16,
+        40,
+        max_model_len=400,
+        max_in_flight_tokens=16,
+        other_specs=[windowed],
+    )
+    gauges = [one.gauge for one in manager.coordinator.single_type_managers]
+    assert gauges == ["vllm:sink_live_blocks", "vllm:sink_retrieval_blocks"]

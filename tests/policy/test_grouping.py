@@ -14,7 +14,9 @@ from vllm_sink.policy.grouping import (
     Grouping,
     RequestMemory,
     choose_grouping,
+    heads_of_workers,
 )
+from vllm_sink.policy.head_map import HeadMap
 from vllm_sink.policy.layout import RetentionPolicy
 
 FULL = FullAttentionSpec(
@@ -71,6 +73,17 @@ def test_vllm_groups_as_planned(workers, share):
 )
 def test_choice(counts, expected):
     assert choose_grouping(counts) == expected
+
+
+def test_a_rank_counts_its_own_heads_and_knows_the_others():
+    heads = HeadMap(((True, False, False, True), (True, True, False, False)))
+    counts = {range(0, 2): (3, 1), range(2, 4): (1, 3)}
+    for rank in range(2):
+        assert heads_of_workers(heads, 2, rank) == (list(counts)[rank], counts)
+    # Where no layer is split, layers are counted, on all ranks alike.
+    layers = HeadMap(((True, True), (False, False), (False, False)))
+    for rank in range(2):
+        assert heads_of_workers(layers, 2, rank) == (range(1), {range(1): (1, 2)})
 
 
 def test_half_of_the_heads_take_little_more_than_half_the_memory():

@@ -165,6 +165,14 @@ def vllm_config(additional_config):
     return SimpleNamespace(additional_config=additional_config, model_config=model)
 
 
+def test_the_smallest_and_the_largest_values_are_taken():
+    config = SinkConfig(0, 1, retrieval_layers=[0], retrieval_window_size=1)
+    assert retrieval(config) == [[1, 1], [0, 0], [0, 0]]
+    for fraction in (0, 1):
+        chosen = SinkConfig(retrieval_heads=SCORES, retrieval_fraction=fraction)
+        assert retrieval(chosen) == [[fraction] * 2] * 3
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "settings, message",
@@ -186,6 +194,8 @@ class TestRefusals:
                 {"retrieval_layers": [1], "retrieval_window_size": 0},
                 "retrieval_window_size must be an integer >= 1, got 0",
             ),
+            ({"num_sink_tokens": -1}, "num_sink_tokens must be .* >= 0, got -1"),
+            ({"window_size": 0}, "window_size must be .* >= 1, got 0"),
             ({"retrieval_layers": [3]}, "retrieval_layers must be below 3.*got 3"),
             ({"retrieval_layers": [-1]}, "retrieval_layers must be .*got .-1"),
             ({"retrieval_layers": 1}, "retrieval_layers must be a list .*got 1"),
