@@ -203,12 +203,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
             new_computed_blocks=blocks,
             full_sequence_must_fit=True,
         )
+        whole = sum(map(min, self.must_hold(hit, request.num_tokens), self.bounds))
         if admitted is None:
             self.counts["refused"] += 1
-            whole = sum(map(min, self.must_hold(hit, request.num_tokens), self.bounds))
             assert whole - shared > free, "it would have fitted"
             assert self.free() == free, "a refusal must not take blocks"
             return False
+        assert whole - shared <= free, "it may run out of blocks alone"
         assert sum(self.must_hold(hit, hit + count)) - shared == free - self.free()
         self.counts["hits"] += hit > 0
         self.counts["hit tokens"] += hit
