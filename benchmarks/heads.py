@@ -98,6 +98,14 @@ def main() -> None:
             table.add(name, "requests", context, [counted], "requests")
             table.add(name, "calculated", context, [calculated], "requests")
     table.save()
+    for dtype in args.dtypes:
+        table.dtype = dtype
+        measure_speed(args, dtype, table)
+    table.save()
+
+
+def measure_speed(args, dtype: str, table) -> None:
+    """Prefill and decode of stock, half of the heads and none, step by step in turn."""
     tokens = common.prose(args.model, PREFILL + 2000)
     half = {
         "num_sink_tokens": common.NUM_SINK_TOKENS,
@@ -107,9 +115,9 @@ def main() -> None:
     options = {"attention_backend": "sink", "additional_config": {"sink": half}}
     max_model_len = PREFILL + 64
     engines = [
-        (common.Engine("stock", args.model, max_model_len), PREFILL),
-        (common.Engine("half", args.model, max_model_len, **options), PREFILL),
-        (common.Engine("sink", args.model, max_model_len), PREFILL),
+        (common.Engine("stock", args.model, max_model_len, dtype), PREFILL),
+        (common.Engine("half", args.model, max_model_len, dtype, **options), PREFILL),
+        (common.Engine("sink", args.model, max_model_len, dtype), PREFILL),
     ]
     for engine, _ in engines:  # warm-up: compilation, allocation
         engine.add(tokens[-1500:], 4)
@@ -122,12 +130,11 @@ def main() -> None:
     values = {
         (row["engine"], row["context"]): float(str(row["value"]))
         for row in table.rows
-        if row["metric"] == "tpot"
+        if row["metric"] == "tpot" and row["dtype"] == dtype
     }
     for context in CONTEXTS:
         line = (values["stock", context] + values["sink", context]) / 2
         table.add("line", "tpot", context, [line], "ms")
-    table.save()
 
 
 if __name__ == "__main__":
