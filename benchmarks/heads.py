@@ -135,6 +135,8 @@ def measure_speed(args, dtype: str, table) -> None:
     for context in CONTEXTS:
         line = (values["stock", context] + values["sink", context]) / 2
         table.add("line", "tpot", context, [line], "ms")
+    for engine, _ in engines:
+        engine.close()
 
 
 if __name__ == "__main__":
