@@ -146,7 +146,7 @@ class Copy:
         return False, failed[0].rpartition("::")[2].partition("[")[0]
 
 
-def run(mutants: list[Mutant]) -> dict[str, str]:
+def run(mutants: list[Mutant], writes: bool) -> dict[str, str]:
     """Of each mutant, the test that noticed it, or :data:`SURVIVED`."""
     noticed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -172,6 +172,8 @@ def run(mutants: list[Mutant]) -> dict[str, str]:
                     f"{noticed[mutant.name]}",
                     flush=True,
                 )
+            if writes:
+                write(noticed)
     return noticed
 
 
@@ -202,14 +204,12 @@ def main() -> int:
     options = parser.parse_args()
     start = time.monotonic()
     chosen = [m for m in read() if re.search(options.only, f"{m.file} {m.name}")]
-    noticed = run(chosen)
+    noticed = run(chosen, options.write)
     survivors = [name for name, test in noticed.items() if test == SURVIVED]
     minutes = (time.monotonic() - start) / 60
     print(f"{len(noticed)} mutants, {len(survivors)} survived, {minutes:.0f} minutes")
     for name in survivors:
         print(f"  {name}")
-    if options.write:
-        write(noticed)
     return int(bool(survivors))
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import vllm
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
 from tests.helpers.block_managers import make_manager, sink_spec
@@ -118,6 +120,15 @@ def test_longest_hit_whatever_is_cached(policy, dropped):
         first, last = spec.policy.gap_blocks(length, size)
         assert hit == [None if first <= i < last else i for i in range(len(hit))]
         assert len(hit) * size == length
+
+
+def test_blocks_to_cache_are_the_sliding_windows_and_the_sinks_in_any_chunk():
+    spec = sink_spec(RetentionPolicy(40, 20), 16)
+    for start, end in combinations(range(12), 2):
+        asked = start, end, 16, spec, False, 64
+        window = SlidingWindowManager.reachable_block_mask(*asked)
+        mask = SinkManager.reachable_block_mask(*asked)
+        assert mask == [x or start + i < 3 for i, x in enumerate(window)]
 
 
 def test_retrieval_heads_with_a_window_have_a_gauge_of_their_own():

@@ -21,6 +21,12 @@ def test_tokens_that_vllm_asks_to_retain_widen_the_window():
     assert replace(SPEC, extra_retained_tokens=3).policy == RetentionPolicy(4, 23)
 
 
+def test_admission_counts_the_tokens_in_flight():
+    """A block of sinks, ceil((19 + 48) / 16) of the window, one at its edge."""
+    assert SPEC.max_admission_blocks_per_request(48, 1000) == 1 + 5 + 1
+    assert SPEC.max_admission_blocks_per_request(48, 64) == 4
+
+
 def test_merged_specs_count_their_layers():
     pair = SinkSpec.merge([SPEC, SPEC])
     assert pair.num_layers == 2

@@ -16,6 +16,7 @@ from vllm_sink.policy.head_map import (
     read_scores,
     select,
 )
+from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.policy.resolve import resolve
 
 SHAPE = ModelShape(3, 2, 6, (("model_type", "llama"), ("hidden_size", 64)), "tiny")
@@ -171,6 +172,14 @@ def test_the_smallest_and_the_largest_values_are_taken():
     for fraction in (0, 1):
         chosen = SinkConfig(retrieval_heads=SCORES, retrieval_fraction=fraction)
         assert retrieval(chosen) == [[fraction] * 2] * 3
+
+
+def test_a_window_of_their_own_keeps_the_sinks_and_is_clipped():
+    config = SinkConfig(4, 252, retrieval_layers=[0], retrieval_window_size=4092)
+    assert config.retrieval_policy == RetentionPolicy(4, 4092)
+    clipped = config.clipped(1000)
+    assert clipped.policy == RetentionPolicy(4, 252)
+    assert clipped.retrieval_policy == RetentionPolicy(4, 1000)
 
 
 class TestRefusals:
