@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ PAGE = ROOT / "docs" / "testing.md"
 BEGIN, END = "<!-- mutants -->\n", "<!-- end of mutants -->\n"
 COPIED = "vllm_sink kernels tests scripts docs pyproject.toml README.md CHANGELOG.md"
 TIMEOUT = 300  # seconds of a target
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE}
 SURVIVED = "**survived**"
 
 
@@ -141,6 +143,8 @@ class Copy:
         if done.returncode == 0:
             assert re.search(r"\d+ passed", done.stdout), f"{target} runs no test"
             return True, ""
+        if -done.returncode in CRASHES:
+            return False, f"a crash ({signal.Signals(-done.returncode).name})"
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
         assert failed, f"{target} failed in no test:\n{done.stdout[-3000:]}"
         return False, failed[0].rpartition("::")[2].partition("[")[0]
@@ -184,7 +188,9 @@ def table(noticed: dict[str, str]) -> str:
         if mutant.name in noticed:
             file = mutant.file.removeprefix("kernels/").removeprefix("vllm_sink/")
             rows.append(f"| {file} | {mutant.name} | {noticed[mutant.name]} |")
-    return "\n".join(rows) + "\n"
+    count = f"{len(rows) - 2} of the {len(read())} mutants on the list were run, "
+    count += f"{list(noticed.values()).count(SURVIVED)} of them survived."
+    return "\n".join([count, "", *rows, ""])
 
 
 def write(noticed: dict[str, str]) -> None:
@@ -192,7 +198,7 @@ def write(noticed: dict[str, str]) -> None:
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     known, _, after = rest.partition(END)
-    rows = [line.split(" | ") for line in known.splitlines()[2:]]
+    rows = [line.split(" | ") for line in known.splitlines()[4:]]
     all_of_them = {row[1]: row[2].removesuffix(" |") for row in rows} | noticed
     PAGE.write_text(before + BEGIN + table(all_of_them) + END + after)
 
