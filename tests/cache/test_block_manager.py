@@ -125,7 +125,7 @@ def test_longest_hit_whatever_is_cached(policy, dropped):
 def test_blocks_to_cache_are_the_sliding_windows_and_the_sinks_in_any_chunk():
     spec = sink_spec(RetentionPolicy(40, 20), 16)
     for start, end in combinations(range(12), 2):
-        asked = start, end, 16, spec, False, 128
+        asked = start, end, 16, spec, False, 64
         window = SlidingWindowManager.reachable_block_mask(*asked)
         mask = SinkManager.reachable_block_mask(*asked)
         assert mask == [x or start + i < 3 for i, x in enumerate(window)]
