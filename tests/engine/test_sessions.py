@@ -75,7 +75,7 @@ def metric(name: str) -> float:
 
 async def ask(engine, name: str, tokens: list[int]) -> None:
     """An ordinary request, for the pool's sake."""
-    params = SamplingParams(max_tokens=60, ignore_eos=True, detokenize=False)
+    params = SamplingParams(max_tokens=150, ignore_eos=True, detokenize=False)
     async for _ in engine.generate({"prompt_token_ids": tokens}, params, name):
         pass
 

@@ -38,6 +38,7 @@ def cases() -> list[Case]:
     ]
     chosen.append(Case("decode", "sm_90", 128, (32, 8), (4, 4092), mixed=True))
     chosen.append(Case("decode", "sm_90", 128, (32, 8), (4, 4092), "fp32", "fp32"))
+    chosen.append(Case("decode", "sm_80", 256, (32, 8), (4, 4092), "fp32", "fp32"))
     assert set(chosen) <= set(shipped_cases())
     return chosen
 
