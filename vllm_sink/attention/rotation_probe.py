@@ -170,6 +170,21 @@ def _recorded(layers: dict[str, Any]) -> Iterator[dict[str, tuple]]:
 
 
 @contextlib.contextmanager
+def _hooked(root: torch.nn.Module, kinds: Any, hook: Any) -> Iterator[None]:
+    """Modules of these classes answer what ``hook`` makes of their output."""
+    hooks = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in root.modules()
+        if isinstance(module, kinds)
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def _held_embeddings(
     root: torch.nn.Module,
     layers: dict[str, Any],
@@ -187,23 +202,15 @@ def _held_embeddings(
         yield
         return
 
-    def hold(module, args, output):
+    def hold(module, args, kwargs, output):
         at = args[0].flatten().cpu() if args else positions[:0]
         if not torch.equal(at, positions) or output.shape[-1] != width:
             return output
         rows = output.reshape(-1, width)
         return rows[:1].expand_as(rows).clone().view_as(output)
 
-    hooks = [
-        module.register_forward_hook(hold)
-        for module in root.modules()
-        if isinstance(module, (torch.nn.Embedding, VocabParallelEmbedding))
-    ]
-    try:
+    with _hooked(root, (torch.nn.Embedding, VocabParallelEmbedding), hold):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
@@ -216,16 +223,8 @@ def _held_states(root: torch.nn.Module) -> Iterator[None]:
             written.zero_()
         return torch.zeros_like(result) if isinstance(result, torch.Tensor) else None
 
-    hooks = [
-        module.register_forward_hook(zero, with_kwargs=True)
-        for module in root.modules()
-        if isinstance(module, MambaBase)
-    ]
-    try:
+    with _hooked(root, MambaBase, zero):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
