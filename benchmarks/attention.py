@@ -73,7 +73,13 @@ class Case:
         from vllm_sink_kernels.cpu.rows import Kind, Slots
 
         kind = Kind(self.table, common.NUM_SINK_TOKENS, common.WINDOW_SIZE)
-        plan = attention.plan([kind], self.starts, self.lens, block_size=BLOCK_SIZE)
+        plan = attention.plan(
+            [kind],
+            self.starts,
+            self.lens,
+            block_size=BLOCK_SIZE,
+            group_size=NUM_HEADS // NUM_KV_HEADS,
+        )
         slots = Slots.of_kinds([self.slots])
         for heads in self.heads:
             write.write_kv(*self.kv, heads, slots)

@@ -61,7 +61,10 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        attention.compile_for(kv_cache_spec.dtype, vllm_config.model_config.dtype)
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        attention.compile_for(kv_cache_spec.dtype, model.dtype)
+        num_kv_heads = model.get_num_kv_heads(parallel)
+        self.group_size = model.get_num_attention_heads(parallel) // num_kv_heads
 
     def build(
         self,
@@ -81,12 +84,15 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         )
         step = self.join_step(common, metadata)
         if step.is_complete:
-            step.plan = _plan(step.parts, common, self.block_size)
+            step.plan = _plan(step.parts, common, self.block_size, self.group_size)
         return metadata
 
 
 def _plan(
-    parts: list[SinkCpuMetadata], common: CommonAttentionMetadata, block_size: int
+    parts: list[SinkCpuMetadata],
+    common: CommonAttentionMetadata,
+    block_size: int,
+    group_size: int,
 ) -> SinkCpuPlan:
     """The plan of a step from what its groups gave.
 
@@ -99,7 +105,9 @@ def _plan(
     kinds = [part.kind for part in parts]
     return SinkCpuPlan(
         num_tokens=num_tokens,
-        plan=attention.plan(kinds, starts, seq_lens, block_size=block_size),
+        plan=attention.plan(
+            kinds, starts, seq_lens, block_size=block_size, group_size=group_size
+        ),
         slots=Slots.of_kinds([part.slots for part in parts]),
         turns=_turns(parts, num_tokens, starts, seq_lens),
     )

@@ -27,12 +27,13 @@ from vllm_sink_kernels.cpu import flash, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Tiles, Turns
 
-# Most queries a tile: its products share the keys in the second-level cache.
-TILE_QUERIES = 32
+# Rows of a chunk's tile, queries times G: the more, the fewer times a page comes from
+# the third-level cache; their scores take 400 KiB of the second.
+TILE_ROWS = 192
 # Up to here a request's queries are one tile whose keys are taken in parts.
 DECODE_QUERIES = 8
 # Keys of a part.
-PART_KEYS = flash.KEYS
+PART_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan(
     seq_lens: list[int],
     *,
     block_size: int,
-    tile_queries: int = TILE_QUERIES,
+    group_size: int = 1,
     decode_queries: int = DECODE_QUERIES,
 ) -> Plan:
     """Plan a step, for all layers and all kinds of KV heads.
@@ -64,10 +65,11 @@ def plan(
         query_starts: [R+1] offsets of the requests' query tokens.
         seq_lens: [R] tokens including this step's.
         block_size: N, tokens.
-        tile_queries: Most queries a tile of a chunk.
+        group_size: G, query heads of a KV head.
         decode_queries: Most queries of a request whose keys are taken in parts.
     """
     kinds = tuple(kinds)
+    tile_queries = max(1, TILE_ROWS // group_size)
     short, long = [], []
     for request, seq_len in enumerate(seq_lens):
         start, end = query_starts[request], query_starts[request + 1]

@@ -87,8 +87,8 @@ def attend_tiles(
         job.partial = tiles.scratch("parts", size.parts_bytes)
     job.num_done = tiles.zeros("done", job.num_tiles * caches.num_heads, np.int64)
     num_threads = torch.get_num_threads() if size.num_floats > SERIAL_FLOATS else 1
-    # q twice, its bits, scores, sums; a maximum and a denominator a row.
-    floats = size.num_rows * (3 * head_size + head_size // 2 + PITCH + 2) + 8 * LANES
+    # q twice, its bits, scores, sums; a row's maximum, denominator and peak.
+    floats = size.num_rows * (3 * head_size + head_size // 2 + PITCH + 3) + 8 * LANES
     job.scratch_bytes = -(-4 * floats // 64) * 64
     job.scratch = tiles.scratch("tiles", num_threads * job.scratch_bytes)
     job.threads = tiles.counter()
@@ -144,6 +144,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
         bits = array(at_bits, (all_rows, head_size), np.uint16)
         tops = array(at_tops, all_rows, np.float32)
         totals = array(at_tops + 4 * all_rows, all_rows, np.float32)
+        peaks = array(at_tops + 8 * all_rows, all_rows, np.float32)
         part_floats = all_rows * (head_size + 2)
         num_items = job.num_tiles * job.num_kv_heads * job.max_parts
         while True:
@@ -188,7 +189,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
                 np.float32(job.soft_cap),
             )
             cache = (caches[i_head], job.block_bytes, block_size, head_size, blocks)
-            state = (scores, sums, tops, totals)
+            state = (scores, sums, tops, totals, peaks)
             num_sinks = min(num_sink_tokens, last - window_size + 1)
             if i_part == 0 and num_sinks > 0:
                 cos, sin = turns[i_kind, COS], turns[i_kind, SIN]

@@ -28,7 +28,7 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from vllm_sink_kernels.cpu.native import OPTIONS
+from vllm_sink_kernels.cpu.native import EXP2, OPTIONS
 
 
 def _cpu_features() -> frozenset[str]:
@@ -288,8 +288,8 @@ def largest(typing_context, address, count):
             place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
             x = _load(builder, place, _vec(_F32), 4)
             old = builder.load(top)
-            name = f"llvm.maxnum.v{LANES}f32"
-            builder.store(_call(builder, name, x.type, [old, x]), top)
+            above = builder.fcmp_ordered(">", x, old)
+            builder.store(builder.select(above, x, old), top)
         name = f"llvm.vector.reduce.fmax.v{LANES}f32"
         return _call(builder, name, _F32, [builder.load(top)])
 
@@ -297,10 +297,11 @@ def largest(typing_context, address, count):
 
 
 @intrinsic
-def exp_sum(typing_context, address, count, scale, top):
-    """x = e**(scale x - top) for ``count`` vectors of float32; their sum.
+def exp2_sum(typing_context, address, count, scale, top):
+    """x = 2**(scale x - top) for ``count`` vectors of float32; their sum.
 
-    As :func:`native.exp`: 2 ulp, nothing below e**-87.
+    As :func:`native.exp2`: 2 ulp, nothing below 2**-126. The products of the
+    polynomial and everything else go to different units of most CPUs.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -309,27 +310,24 @@ def exp_sum(typing_context, address, count, scale, top):
         def constant(x: float) -> Any:
             return ir.Constant(_vec(_F32), [float(np.float32(x))] * LANES)
 
-        zero, scale = constant(0.0), _splat(builder, scale)
-        top = builder.fneg(_splat(builder, top))
-        total = cgutils.alloca_once_value(builder, zero)
+        scale, top = _splat(builder, scale), builder.fneg(_splat(builder, top))
+        total = cgutils.alloca_once_value(builder, constant(0.0))
         with cgutils.for_range(builder, count, intp=_I64) as loop:
             place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
             x = _load(builder, place, _vec(_F32), 4)
             x = _multiply_add(builder, x, scale, top)
             # Not maxnum: a NaN must stay one.
-            low = builder.fcmp_ordered("<", x, constant(-87.0))
-            x = builder.select(low, constant(-87.0), x)
-            n = _multiply_add(builder, x, constant(1.4426950408889634), constant(0.5))
-            n = _call(builder, f"llvm.floor.v{LANES}f32", x.type, [n])
-            r = _multiply_add(builder, n, constant(-0.693359375), x)
-            r = _multiply_add(builder, n, constant(2.12194440e-4), r)
-            p = constant(1 / 720)
-            for term in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            low = builder.fcmp_ordered("<", x, constant(-126.0))
+            x = builder.select(low, constant(-126.0), x)
+            n = _call(builder, f"llvm.rint.v{LANES}f32", x.type, [x])
+            r = builder.fsub(x, n)
+            p = constant(EXP2[-1])
+            for term in (*EXP2[-2::-1], 1.0):
                 p = _multiply_add(builder, p, r, constant(term))
-            exponent = builder.fptosi(n, _vec(_I32))
-            exponent = builder.add(exponent, _splat(builder, _I32(127)))
-            exponent = builder.shl(exponent, _splat(builder, _I32(23)))
-            x = builder.fmul(p, builder.bitcast(exponent, x.type))
+            # p is within [1/2, 2]: n more in its exponent.
+            n = builder.shl(builder.fptosi(n, _vec(_I32)), _splat(builder, _I32(23)))
+            bits = builder.add(builder.bitcast(p, _vec(_I32)), n)
+            x = builder.bitcast(bits, x.type)
             builder.store(x, builder.inttoptr(place, x.type.as_pointer()), align=4)
             builder.store(builder.fadd(builder.load(total), x), total)
         name = f"llvm.vector.reduce.fadd.v{LANES}f32"

@@ -171,22 +171,22 @@ def _at_of(row, d):
     return lambda row, d: row[d]
 
 
-@numba.njit(inline="always", **OPTIONS)
-def exp(x):
-    """e**x for x <= 0 in float32, 2 ulp; inlined, so that its loop is vectorised.
+# 2**r = 1 + r (c[0] + c[1] r + ...) for r in [-1/2, 1/2]: of this degree the
+# smallest largest relative error, 9.2e-8.
+EXP2 = (0.69314700365, 0.24022242427, 0.05550733581, 0.00967151299, 0.00132647273)
 
-    The C library's is a call for each element. Cody and Waite's reduction to
-    [-ln 2 / 2, ln 2 / 2], then the Taylor polynomial of degree 6.
-    """
-    x = max(x, np.float32(-87.0))
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
+
+@numba.njit(inline="always", **OPTIONS)
+def exp2(x):
+    """2**x for x <= 0 in float32, 2 ulp, nothing below 2**-126."""
+    x = max(x, np.float32(-126.0))
+    n = np.rint(x)
+    r = x - n
+    p = np.float32(EXP2[4])
+    p = p * r + np.float32(EXP2[3])
+    p = p * r + np.float32(EXP2[2])
+    p = p * r + np.float32(EXP2[1])
+    p = p * r + np.float32(EXP2[0])
     p = p * r + np.float32(1.0)
     return p * _float_of((np.int32(n) + np.int32(127)) << np.int32(23))
 

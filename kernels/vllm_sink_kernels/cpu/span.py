@@ -14,11 +14,13 @@ from numba import types
 from numba.extending import overload
 
 from vllm_sink_kernels.cpu import micro
-from vllm_sink_kernels.cpu.micro import LANES, ROWS, exp_sum, largest
-from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp
+from vllm_sink_kernels.cpu.micro import LANES, ROWS, exp2_sum, largest
+from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp2
 
+# Logarithms to base 2 all along: a power of two is the cheapest exponential.
+LOG2_E = np.float32(math.log2(math.e))
 # Keys of a softmax.
-KEYS = 256
+KEYS = 512
 # From a row of scores to the next: a vector more, which a softmax may write.
 PITCH = KEYS + LANES
 # Values of a product: their page stays in the first-level cache.
@@ -88,12 +90,13 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             [low + slope t, high + t) of these; first is a multiple of LANES.
         options: The tile's queries, G, scale, soft_cap.
         cache: Address of block 0's page, bytes of a block, N, D and the blocks.
-        state: scores [M, PITCH], sums [M, D], tops [M], totals [M], changed.
+        state: scores [M, PITCH], sums [M, D], tops [M] (to base 2), totals [M],
+            changed; room for M floats.
     """
     first, end, low, slope, high = seen
     count, group, scale, soft_cap = options
     address, block_bytes, block_size, head_size, blocks = cache
-    scores, sums, tops, totals = state
+    scores, sums, tops, totals, _ = state
     at_scores, at_sums = scores.ctypes.data, sums.ctypes.data
     key_row = block_size * pack * size
     value_row = head_size * size
@@ -146,16 +149,8 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
                     vectors,
                 )
             k += n
-        for m in range(m0, m0 + rows):
-            t = m // group
-            a = max(start, low + slope * t) - first
-            b = max(a, min(stop, high + t) - first)
-            row = scores[m]
-            if a < b:
-                at_row = at_scores + 4 * (m * PITCH + a)
-                _softmax(at_row, b - a, scale, soft_cap, m, sums[m], tops, totals)
-            row[start - first : a] = 0.0
-            row[b : stop - first] = 0.0
+        part = (first, start, stop, low, slope, high)
+        _softmax(m0, m0 + rows, part, options, head_size, state)
         k = start
         while k < stop:
             offset = k % block_size
@@ -184,35 +179,70 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             k += n
 
 
+@numba.njit(inline="always")
+def _visible(t, part):
+    """Query t's first key and the one after its last, counted from key ``first``."""
+    first, start, stop, low, slope, high = part
+    a = min(max(start, low + slope * t), stop) - first
+    b = max(a, min(stop, high + t) - first)
+    return a, b
+
+
 @numba.njit(inline="never", **OPTIONS)
-def _softmax(address, n, scale, soft_cap, m, sums, tops, totals):
-    """``n`` scores become weights; what was summed before is scaled down.
+def _softmax(m0, m1, part, options, head_size, state):
+    """Rows' scores become weights; what was summed before is scaled down.
+
+    All rows' maxima first: no row's exponentials wait for its own.
 
     Args:
-        address: Of the scores, float32. The vector after the last may be written.
-        sums: [D] of row ``m``.
+        m0, m1: The rows.
+        part: first, start, stop, low, slope, high: query t sees the keys [low +
+            slope t, high + t) of [start, stop); the scores begin with key first.
+            The others' weights become 0. The vector after the last may be written.
+        options, state: As in :func:`span`.
     """
-    count = (n + LANES - 1) // LANES
-    row = array(address, count * LANES, np.float32)
+    first, start, stop = part[:3]
+    _, group, scale, soft_cap = options
+    scores, sums, tops, totals, peaks = state
+    at_scores = scores.ctypes.data
+    inner = scale * LOG2_E
     if soft_cap > 0.0:
-        twice = np.float32(-2.0) * scale / soft_cap
-        for i in range(n):  # tanh
-            x = row[i]
-            e = exp(twice * abs(x))
-            y = soft_cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
-            row[i] = y if x >= np.float32(0.0) else -y
-        scale = np.float32(1.0)
-    for i in range(count * LANES - n):
-        row[n + i] = -np.inf
-    top = max(tops[m], scale * largest(address, count))
-    total = exp_sum(address, count, scale, top)
-    if totals[m] != np.float32(0.0):
-        old = exp(tops[m] - top)
-        if old != np.float32(1.0):
-            for d in range(sums.shape[0]):
-                sums[d] *= old
-        total += totals[m] * old
-    tops[m], totals[m] = top, total
+        twice = np.float32(-2.0) * inner / soft_cap
+        inner = LOG2_E
+    for m in range(m0, m1):
+        a, b = _visible(m // group, part)
+        if a == b:
+            continue
+        row = scores[m]
+        if soft_cap > 0.0:
+            for i in range(a, b):  # tanh
+                x = row[i]
+                e = exp2(twice * abs(x))
+                y = soft_cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
+                row[i] = y if x >= np.float32(0.0) else -y
+        count = (b - a + LANES - 1) // LANES
+        for i in range(b, a + count * LANES):
+            row[i] = -np.inf
+        peaks[m] = inner * largest(at_scores + 4 * (m * PITCH + a), count)
+    for m in range(m0, m1):
+        a, b = _visible(m // group, part)
+        row = scores[m]
+        if a < b:
+            count = (b - a + LANES - 1) // LANES
+            at_row = at_scores + 4 * (m * PITCH + a)
+            top = max(tops[m], peaks[m])
+            total = exp2_sum(at_row, count, inner, top)
+            if totals[m] != np.float32(0.0):
+                old = exp2(tops[m] - top)
+                total += totals[m] * old
+                if old != np.float32(1.0):
+                    for d in range(head_size):
+                        sums[m, d] *= old
+            tops[m], totals[m] = top, total
+        for i in range(start - first, a):
+            row[i] = 0.0
+        for i in range(b, stop - first):
+            row[i] = 0.0
 
 
 @numba.njit(**OPTIONS)
@@ -228,8 +258,8 @@ def merge(partial, sums, tops, totals):
             if part_total == 0.0:
                 continue
             new_top = max(top, part_top)
-            old = np.float32(math.exp(top - new_top))
-            new = np.float32(math.exp(part_top - new_top))
+            old = exp2(top - new_top)
+            new = exp2(part_top - new_top)
             for d in range(head_size):
                 sums[m, d] = sums[m, d] * old + part[d] * new
             total = total * old + part_total * new
@@ -241,9 +271,9 @@ def merge(partial, sums, tops, totals):
 def add_logits(logits, sums, tops, totals):
     """The learned logit of each head [G] in the denominators."""
     for m in range(sums.shape[0]):
-        logit = logits[m % logits.shape[0]]
+        logit = LOG2_E * logits[m % logits.shape[0]]
         top = max(tops[m], logit)
-        old = np.float32(math.exp(tops[m] - top))
+        old = exp2(tops[m] - top)
         for d in range(sums.shape[1]):
             sums[m, d] *= old
-        totals[m] = totals[m] * old + np.float32(math.exp(logit - top))
+        totals[m] = totals[m] * old + exp2(logit - top)
