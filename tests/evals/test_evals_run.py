@@ -11,21 +11,30 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra: pip install -e .[eval]")
 
+import torch
+from transformers import AutoConfig
+
 from evals import report, reproduce, run, worker
 from evals.policies import Policy
+from vllm_sink.tools.heads import pattern
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(model_path, tmp_path_factory):
-    """Stock attention and the policy, once, by the command line."""
+    """Stock attention, the policy, and heads of drawn scores, by the command line."""
     out = tmp_path_factory.mktemp("results")
+    config = AutoConfig.from_pretrained(model_path)
+    shape = (config.num_hidden_layers, config.num_key_value_heads)
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    pattern.write(out / "heads.tsv", scores, {})
     return out, command(model_path, out)
 
 
 def command(model: str, out: Path) -> subprocess.CompletedProcess:
-    arguments = ["--model", model, "--policies", "dense,sink", "--out", str(out)]
+    policies = f"dense,sink,heads:{out / 'heads.tsv'}@0.5"
+    arguments = ["--model", model, "--policies", policies, "--out", str(out)]
     return subprocess.run(
         [sys.executable, "-m", "evals.run", "--tasks", "sink_smoke", *arguments],
         cwd=ROOT,
@@ -41,11 +50,14 @@ def test_smoke_group_runs_and_is_reported(results):
     assert process.returncode == 0, process.stdout + process.stderr
     assert "FAILED" not in process.stdout
     saved = json.loads((out / "results.json").read_text())
-    assert len(saved["parts"]) == 10
+    assert len(saved["parts"]) == 15
     by_policy = {p["config"]["policy"]["name"]: p for p in saved["parts"]}
-    assert by_policy["sink"]["attention_backends"] == ["SINK"]
-    assert "SINK" not in by_policy["dense"]["attention_backends"]
-    assert [check["ok"] for check in saved["checks"]] == [True, True]
+    assert len(by_policy) == 3
+    for name, part in by_policy.items():
+        assert ("SINK" in part["attention_backends"]) == (name != "dense")
+    # The last: the head map is not ignored.
+    assert [check["ok"] for check in saved["checks"]] == [True] * 5
+    assert "different from sink there too" in saved["checks"][-1]["what"]
 
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -57,7 +69,7 @@ def test_smoke_group_runs_and_is_reported(results):
     assert perplexity["sink"] > perplexity["dense"] > 1
     for row in rows:
         arguments = json.loads(row["engine_args"])
-        assert ("attention_backend" in arguments) == (row["name"] == "sink")
+        assert ("attention_backend" in arguments) == (row["name"] != "dense")
     for task in ("ppl", "stream_qa", "passkey", "niah", "chat"):
         assert (out / f"sink_{task}_smoke.png").stat().st_size > 5000
     assert "ppl_to_512" in (out / "results.md").read_text()
