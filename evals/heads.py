@@ -132,7 +132,7 @@ def measure_engine(args: argparse.Namespace, path: Path) -> None:
         for name in ENGINE_POLICIES:
             policy = Policy.parse(name.replace("FILE", str(file)), 4, 252)
             known = {
-                **_described(args, "; ".join(text.name for text in read)),
+                **described(args, "; ".join(text.name for text in read)),
                 "policy": name.replace("heads:FILE", "heads"),
                 "length": length,
                 "num_needles": len(answers),
@@ -156,7 +156,8 @@ def found_heads(args: argparse.Namespace):
     return model, tokenizer, scores.find(model, tokenizer, text.calibration, layers)
 
 
-def _described(args: argparse.Namespace, names: str) -> dict[str, Any]:
+def described(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """The columns that every CSV of heads has."""
     return {
         "model": Path(args.model).name,
         "heads_from": "pydoc_data.topics",
@@ -189,7 +190,7 @@ def measure_needles(args: argparse.Namespace, path: Path) -> None:
     table.sort(key=lambda row: row[0] * (1 if row[1] == "found" else 2.5))
     for length, how, share, heads in table:
         known = {
-            **_described(args, "; ".join(text.name for text in read)),
+            **described(args, "; ".join(text.name for text in read)),
             "heads": how,
             "fraction": share,
             "num_retrieval_heads": (
@@ -227,7 +228,7 @@ def measure_perplexity(args: argparse.Namespace, path: Path) -> None:
         tokens = torch.tensor([passage])
         for how, share, heads in choices(found):
             known = {
-                **_described(args, text.name),
+                **described(args, text.name),
                 "heads": how,
                 "fraction": share,
                 "first_token": SCORED_FROM,

@@ -6,10 +6,11 @@
     python -m evals.reproduce mixing    --model M --text novel.txt --name "Emma"
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
-    python -m evals.reproduce heads_ppl, heads_stability, heads_engine: the same
+    python -m evals.reproduce heads_ppl, heads_stability, heads_engine, heads_methods:
+        the same
 
 Each writes a CSV, with its configuration in every row, and a PNG that is drawn
-from the CSV alone. ``--plot-only`` draws again. The last four go on where they were
+from the CSV alone. ``--plot-only`` draws again. Those of heads go on where they were
 stopped.
 """
 
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals import engine, heads, plots
+from evals import engine, heads, methods, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
@@ -193,6 +194,7 @@ HEADS = {
     "heads_ppl": (heads.measure_perplexity, plots.perplexity_by_fraction),
     "heads_stability": (heads.measure_stability, None),
     "heads_engine": (heads.measure_engine, None),
+    "heads_methods": (methods.measure, None),
 }
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}

@@ -43,28 +43,6 @@ NAMES = _words(
     "Susan Daniel Maria Thomas Ruth Albert Jane Samuel Diana Frank Alan Charles Karen "
     "Paul"
 )
-SURNAMES = _words(
-    "Brown Carter Fisher Mason Palmer Turner Walker Weaver Baker Cooper Hunter Porter "
-    "Miller Taylor Gardner Shepherd"
-)
-FRUITS = _words(
-    "apple mango cherry lemon peach plum grape melon banana orange pear fig olive "
-    "apricot coconut pineapple"
-)
-ADJECTIVES = _words(
-    "old new heavy wooden silver golden broken small large narrow red blue green black "
-    "white yellow round square quiet ancient painted polished rusty empty hidden "
-    "foreign plain curious modern"
-)
-NOUNS = _words(
-    "lantern ladder piano basket mirror clock barrel carpet kettle hammer saddle "
-    "trumpet candle bottle wagon anchor blanket violin drawer helmet compass pillow "
-    "bucket needle ribbon shovel statue ticket umbrella whistle bridge cottage garden "
-    "harbor island kitchen library market orchard palace river stable theater tower "
-    "valley window camera letter magazine notebook pencil picture table chair fence "
-    "engine ship train bicycle wheel coat hat shoe ring cup plate spoon knife rope "
-    "stone mill"
-)
 
 
 @functools.cache
@@ -179,6 +157,24 @@ def fill(tokenizer, length: int, text: str, render) -> str:
     return render(text[: ends[low]])
 
 
+def passage(text: str, length: int, rng: random.Random) -> list[str]:
+    """The words of a drawn part of ``text``, of at least ``length`` tokens.
+
+    Raises:
+        ValueError: ``text`` is too short.
+    """
+    ends = word_ends(text)
+    # Enough left behind the start for any tokenizer with up to 12 characters a token.
+    room = max(1, sum(end < len(text) - 12 * length for end in ends))
+    words = text[ends[rng.randrange(room)] :][: 12 * length].split()
+    if len(words) < length:
+        raise ValueError(
+            f"text must hold passages of {length} words, got {len(words)}; give a "
+            "longer one or smaller lengths"
+        )
+    return words
+
+
 def check_lengths(
     lengths: Sequence[int], num_generated: int = 1, **settings: Any
 ) -> None:
@@ -232,27 +228,6 @@ def _trained_length(name: str) -> int | None:
     except (OSError, ValueError):  # a tokenizer alone, as in tests
         return None
     return getattr(config, "max_position_embeddings", None)
-
-
-def facts(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """``count`` pairs of a thing and its owner; no thing twice.
-
-    Things that follow each other differ in the noun, so none can be mistaken
-    for its neighbour.
-    """
-    if count > len(ADJECTIVES) * len(NOUNS):
-        raise ValueError(
-            f"lengths must need at most {len(ADJECTIVES) * len(NOUNS)} facts, got "
-            f"{count}; give smaller ones"
-        )
-    nouns = rng.sample(NOUNS, len(NOUNS))
-    shift = rng.randrange(len(ADJECTIVES))
-    things = (
-        f"{ADJECTIVES[(index + index // len(NOUNS) + shift) % len(ADJECTIVES)]} "
-        f"{nouns[index % len(NOUNS)]}"
-        for index in range(count)
-    )
-    return [(thing, rng.choice(NAMES)) for thing in things]
 
 
 def first_word(text: str) -> str:

@@ -1,6 +1,7 @@
 """The evaluation tasks: loaded by the harness, scored against hand-made answers."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,13 @@ def test_chat_tells_the_facts_at_its_start_alone(model_path):
         assert doc["answer"] in doc["prompt"]
         rest = tokenizer(doc["prompt"]).input_ids[doc["num_rule_tokens"] :]
         assert doc["answer"] not in tokenizer.decode(rest)
+    docs = docs_of("sink_chat_smoke", model_path)
+    assert [doc["prompt"].split()[-3:] for doc in docs[:2]] == [
+        ["My", "name", "is"],
+        ["I", "live", "in"],
+    ]
+    asked = docs_of("sink_chat_smoke", model_path, begin_answer=False)
+    assert not any(doc["prompt"].endswith(("is", "in")) for doc in asked)
     rules = ["upper_case", "code_word"]
     docs = docs_of("sink_chat_smoke", model_path, rules=rules)
     assert [doc["rule"] for doc in docs] == rules * 2
@@ -225,20 +233,42 @@ def test_retrieval_lengths_and_depths(tokenizer_path, task):
 def test_stream_distances(tokenizer_path):
     encode = AutoTokenizer.from_pretrained(tokenizer_path)
     docs = docs_of(
-        "sink_stream_qa_smoke", tokenizer_path, lengths=[1500], distances=[60, 700]
+        "sink_stream_qa_smoke",
+        tokenizer_path,
+        lengths=[1500],
+        distances=[60, 700],
+        num_queries=3,
     )
-    assert [sum(d["distance"] == w for d in docs) for w in (60, 700)] == [3, 3]
+    assert [sum(d["distance"] == w for d in docs) for w in (60, 700)] == [9, 9]
+    assert {doc["kind"] for doc in docs} == {"fruit", "code"}
     for doc in docs:
         prompt = doc["prompt"]
-        thing = prompt[prompt.rindex("the ") + 4 : prompt.rindex(" belongs")]
-        fact = f"The {thing} belongs to {doc['answer']}.\n"
-        assert prompt.count(fact) == 1, "the stream must tell the answer, once"
+        question = prompt[prompt.rindex("The ") :]
+        fact = f"{question} {doc['answer']}."
+        assert prompt.count(fact) == 1, "the stream tells the answer once"
+        assert prompt.count(doc["answer"]) == 1
         back = len(encode(prompt[prompt.index(fact) :]).input_ids)
-        assert back == doc["num_back"]
-        # A fact with its prose is up to 60 tokens here; the nearest that was not
-        # recalled before is asked for.
-        assert abs(back - doc["distance"]) <= 60
-        assert len(encode(prompt).input_ids) <= 1500
+        # Moved by a line where two would touch.
+        assert abs(back - doc["distance"]) <= 30
+        assert abs(back - doc["num_back"]) <= 2
+        num_tokens = len(encode(prompt).input_ids)
+        assert doc["num_tokens"] == num_tokens <= 1500
+    longest = max(doc["num_tokens"] for doc in docs)
+    assert longest > 1400
+
+
+def test_the_window_sees_no_answer_that_is_far_back(model_path):
+    """Of the smoke tasks, for S + W = 4 + 124: what only retrieval heads can tell."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    docs = docs_of("sink_stream_qa_smoke", model_path)
+    docs += docs_of("sink_chat_smoke", model_path)
+    far = [doc for doc in docs if doc.get("distance", 240) == 240]
+    assert len(far) == 3 + 4
+    for doc in far:
+        tokens = tokenizer(doc["prompt"]).input_ids
+        seen = tokenizer.decode(tokens[:4] + tokens[-124:])
+        assert doc["answer"] not in seen
+        assert doc["answer"] in doc["prompt"]
 
 
 def test_chat_lengths(tokenizer_path):
@@ -288,6 +318,14 @@ class TestRefused:
             additional_config={"sink": sink},
             max_model_len=514,
         )
+
+    def test_more_questions_than_fit(self, model_path):
+        with pytest.raises(ValueError, match="num_facts must be from 12"):
+            load("sink_stream_qa_smoke", model_path, num_queries=4)
+        with pytest.raises(ValueError, match="distances must leave room") as error:
+            load("sink_stream_qa_smoke", model_path, distances=[40, 500])
+        least = int(re.search(r"raise lengths to (\d+)", str(error.value)).group(1))
+        load("sink_stream_qa_smoke", model_path, distances=[40, 500], lengths=[least])
 
     def test_undeclared_length(self, model_path):
         with pytest.raises(ValueError, match="declare a metric"):

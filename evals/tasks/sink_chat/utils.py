@@ -32,11 +32,11 @@ QUESTIONS = (
     "What is the opposite of hot?",
 )
 PASSAGE = "How many words are in this passage?"
-# What the system prompt tells, and how the examples have it asked and answered.
+# What the system prompt tells, how it is asked for, and how the answer begins.
 CITIES = ("Prague", "Lisbon", "Vienna", "Dublin", "Athens", "Boston")
 FACTS = {
-    "name": ("What is your name?", "My name is {name}."),
-    "city": ("Where do you live?", "I live in {city}."),
+    "name": ("What is your name?", "My name is"),
+    "city": ("Where do you live?", "I live in"),
 }
 RULES = (*FACTS, "upper_case", "code_word")
 TURN_WORDS = 60
@@ -48,8 +48,10 @@ def _instructions(
     """The system prompt and examples that obey it."""
     if rule in FACTS:
         system = f"You are {name}. You live in {city}."
-        facts = {"name": name, "city": city}
-        return system, [(ask, told.format(**facts)) for ask, told in FACTS.values()]
+        told = {"name": name, "city": city}
+        return system, [
+            (ask, f"{begun} {told[fact]}.") for fact, (ask, begun) in FACTS.items()
+        ]
     if rule == "upper_case":
         system = "You write every answer in upper case letters only."
         return system, [(ask, answer.upper()) for ask, answer in EXAMPLES]
@@ -61,11 +63,16 @@ def documents(
     lengths: list[int],
     num_samples: int = 1,
     rules: tuple[str, ...] | list[str] = tuple(FACTS),
+    begin_answer: bool = True,
     data_seed: int = 0,
     max_gen_toks: int = 24,
     **settings: Any,
 ) -> dict[str, Any]:
     """One conversation for each length and sample.
+
+    Args:
+        begin_answer: Whether the prompt ends with the beginning of a fact's answer
+            ("My name is"): a small model digresses otherwise.
 
     Rendered by the tokenizer's chat template (plain ``User:`` lines without one):
     run it without ``--apply_chat_template``. Each doc: ``prompt`` of at most
@@ -87,7 +94,7 @@ def documents(
             rule = rules[index % len(rules)]
             code_word = rng.choice(CODE_WORDS)
             name, city = rng.choice(sink_data.NAMES), rng.choice(CITIES)
-            question = FACTS[rule][0] if rule in FACTS else rng.choice(QUESTIONS)
+            question, begun = FACTS.get(rule, (rng.choice(QUESTIONS), ""))
             wanted = {"name": name, "city": city, "code_word": code_word}
             system, examples = _instructions(rule, code_word, name, city)
             ends = sink_data.word_ends(text)
@@ -97,7 +104,10 @@ def documents(
             for ask, answer in examples:
                 opening.append({"role": "user", "content": ask})
                 opening.append({"role": "assistant", "content": answer})
-            render = functools.partial(_conversation, tokenizer, opening, question)
+            begun = begun if begin_answer else ""
+            render = functools.partial(
+                _conversation, tokenizer, opening, question, begun
+            )
             prompt = sink_data.fill(tokenizer, length, part, render)
             last = examples[-1][1]
             # Before the first passage, "last" ends with the last example.
@@ -116,7 +126,9 @@ def documents(
     return sink_data.as_dataset(docs)
 
 
-def _conversation(tokenizer, opening: list[dict], question: str, part: str) -> str:
+def _conversation(
+    tokenizer, opening: list[dict], question: str, begun: str, part: str
+) -> str:
     messages = list(opening)
     words = part.split()
     for start in range(0, len(words), TURN_WORDS):
@@ -126,11 +138,12 @@ def _conversation(tokenizer, opening: list[dict], question: str, part: str) -> s
         messages.append({"role": "assistant", "content": str(len(passage))})
     messages.append({"role": "user", "content": question})
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(
+        asked = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        return asked + begun
     lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-    return "\n".join([*lines, "Assistant:"])
+    return "\n".join([*lines, f"Assistant: {begun}".rstrip()])
 
 
 def obeys(rule: str, wanted: str, answer: str) -> bool:

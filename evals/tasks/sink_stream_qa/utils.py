@@ -1,26 +1,51 @@
 """StreamEval (StreamingLLM, arXiv 2309.17453, section 4.4) in natural words.
 
-A stream of prose with facts in it; every few facts one of some lines ago is recalled,
-with its answer in the stream. Each doc is the stream up to one such question. No fact
-is recalled twice: what is asked for stands in the stream once.
+A stream of prose with facts in it; now and then one of them is recalled, with its
+answer in the stream. Each doc is the stream up to one such question. No fact is
+recalled twice: what is asked for stands in the stream once.
 """
 
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import sink_data
 
+from vllm_sink.tools.heads.needles import Needle, draw_needles
+
+MOST_FACTS = 16  # no fruit, person or city twice
+
+
+@dataclass(frozen=True)
+class Line:
+    """A fact as a line of the stream, and its tokens with the breaks around it."""
+
+    fact: Needle
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens at a token of the stream.
+
+    Args:
+        distance: 0 where the fact is told; else it is recalled, so far from there.
+    """
+
+    token: int
+    line: Line
+    distance: int
+
 
 def documents(
     lengths: list[int],
     distances: list[int],
     num_samples: int = 1,
-    num_queries: int = 8,
-    query_every: int = 4,
-    prose_tokens: int = 48,
+    num_queries: int = 2,
+    num_facts: int = 8,
     data_seed: int = 0,
     max_gen_toks: int = 8,
     **settings: Any,
@@ -29,117 +54,109 @@ def documents(
 
     Args:
         lengths: Tokens of the stream; the largest is used.
-        distances: Tokens from a fact's line to the end of the question.
+        distances: Tokens from the start of a fact to the end of its question.
         num_samples: Streams.
-        num_queries: Questions for each distance in each stream, all near its end.
-        query_every: Facts from one question to the next.
-        prose_tokens: Tokens of prose before each fact, at most; 0: facts alone, which
-            small models can't keep apart.
+        num_queries: Questions for each distance in each stream.
+        num_facts: Facts in a stream, at most 16; those that are not asked for are
+            distractors.
 
     Each doc: ``prompt``, ``answer``, ``distance`` as asked, ``num_back`` the true
-    one, ``num_tokens`` of the prompt.
+    one, ``kind`` of the fact, ``num_tokens`` of the prompt.
     """
     length = max(lengths)
-    if max(distances) >= length:
+    asked = [distance for distance in distances for _ in range(num_queries)]
+    if not len(asked) <= num_facts <= MOST_FACTS:
         raise ValueError(
-            f"distances must be below the stream's {length} tokens, got "
-            f"{max(distances)}; raise lengths or drop it"
+            f"num_facts must be from {len(asked)}, the questions of a stream, to "
+            f"{MOST_FACTS}, got {num_facts}; correct --metadata"
         )
     sink_data.check_lengths([length], max_gen_toks, **settings)
     tokenizer = sink_data.get_tokenizer(**settings)
-    text = sink_data.prose(**settings) if prose_tokens else ""
+    text = sink_data.prose(**settings)
     docs = []
     for index in range(num_samples):
-        rng = random.Random(f"stream {data_seed} {index}")
-        prose = _prose_lines(tokenizer, rng, length, prose_tokens, text)
-        docs += _stream(
-            tokenizer, rng, length, distances, num_queries, query_every, prose
-        )
+        rng = random.Random(f"stream {data_seed} {length} {index}")
+        rng.shuffle(asked)
+        lines = [
+            Line(fact, sink_data.count_tokens(tokenizer, f"\n\n{fact.sentence}\n\n"))
+            for fact in rng.sample(draw_needles(rng, num_facts), num_facts)
+        ]
+        events = _plan(rng, asked, lines, length)
+        docs += _stream(tokenizer, sink_data.passage(text, length, rng), events)
     return sink_data.as_dataset(docs)
 
 
-def _prose_lines(tokenizer, rng, length, prose_tokens, text) -> list[str]:
-    """Lines of at most ``prose_tokens`` tokens, as many as a stream may need."""
-    if prose_tokens == 0:
-        return [""] * length
-    room = max(1, len(text) - 12 * length)
-    words = text[rng.randrange(room) :][: 12 * length].split()[1:]
-    lines, line, size = [], [], 1
-    for word in words:
-        more = sink_data.count_tokens(tokenizer, f" {word}")
-        if size + more > prose_tokens and line:
-            lines.append(" ".join(line) + "\n")
-            line, size = [], 1
-        line.append(word)
-        size += more
-    return lines
+def _plan(
+    rng: random.Random, asked: list[int], lines: list[Line], length: int
+) -> list[Event]:
+    """Where facts are told and asked for, in the order of the stream.
 
-
-def _stream(
-    tokenizer, rng, length, distances, num_queries, query_every, prose
-) -> list[dict]:
-    # Facts are at least 4 tokens a line: more than enough, cut below.
-    pairs = sink_data.facts(rng, min(length // 4 + 8, 1800))
-    asked = [distance for distance in distances for _ in range(num_queries)]
-    rng.shuffle(asked)
-    # Two passes: the first finds how many lines fit, the second asks near the end.
-    lines = _lines(tokenizer, pairs, query_every, [], length, prose)[0]
-    num_slots = sum(line.startswith("Recall") for line in lines)
-    if num_slots < len(asked) + max(distances) * num_slots // length:
+    Questions lie evenly behind the largest distance; facts so far before them, moved
+    where they would touch; distractors are drawn. No two are nearer than a line.
+    """
+    size = max(line.num_tokens for line in lines)
+    first = max(asked) + size
+    step = (length - first) // len(asked)
+    if step < size * len(lines) // len(asked) + size:
         raise ValueError(
-            f"num_queries must leave max(distances) = {max(distances)} tokens before "
-            f"the first question, got {num_queries} for each of {len(distances)} "
-            f"distances in {length} tokens; lower it or raise lengths"
+            f"distances must leave room for {len(asked)} questions in {length} tokens, "
+            f"got {max(asked)}; raise lengths to "
+            f"{first + (len(lines) + len(asked) + 1) * size} or lower num_queries"
         )
-    first_slot = num_slots - len(asked)
-    return _lines(tokenizer, pairs, query_every, asked, length, prose, first_slot)[1]
+    questions = [
+        Event(first + step * (place + 1) - size, line, distance)
+        for place, (line, distance) in enumerate(zip(lines, asked, strict=False))
+    ]
+    events = list(questions)
+
+    def tell(line: Line, wanted: int, end: int) -> None:
+        free = (
+            token
+            for token in range(end - size + 1)
+            if all(abs(token - event.token) >= size for event in events)
+        )
+        events.append(Event(min(free, key=lambda token: abs(token - wanted)), line, 0))
+
+    for event in questions:
+        tell(event.line, event.token + size - event.distance, event.token)
+    for line in lines[len(asked) :]:
+        tell(line, rng.randrange(length - size), length - size)
+    return sorted(events, key=lambda event: event.token)
 
 
-def _lines(tokenizer, pairs, query_every, asked, length, prose, first_slot=0):
-    """The stream's lines, and a doc for each of ``asked`` from ``first_slot`` on."""
-    lines, ends, docs = [], [0], []  # ends[i]: tokens before line i
-    known: list[tuple[int, str, str]] = []  # line, thing, owner
-
-    def add(line: str) -> None:
-        lines.append(line)
-        ends.append(ends[-1] + sink_data.count_tokens(tokenizer, line))
-
-    slot = 0
-    for number, (thing, owner) in enumerate(pairs[: len(prose)], start=1):
-        if prose[number - 1]:
-            add(prose[number - 1])
-        known.append((len(lines), thing, owner))
-        add(f"The {thing} belongs to {owner}.\n")
-        if number % query_every:
-            continue
-        which = slot - first_slot
-        want = asked[which] if 0 <= which < len(asked) else 64
-        here = ends[-1] + 8  # the question itself is about 8 tokens
-        fact = min(known, key=lambda fact: abs(here - ends[fact[0]] - want))
-        known.remove(fact)
-        line, thing, owner = fact
-        question = f"Recall: the {thing} belongs to"
-        if asked and 0 <= which < len(asked):
-            prompt = "".join(lines) + question
-            num_tokens = sink_data.count_tokens(tokenizer, prompt)
+def _stream(tokenizer, words: list[str], events: list[Event]) -> list[dict[str, Any]]:
+    """The docs: the stream up to each question."""
+    stream, size, start, docs = "", 0, 0, []
+    told: dict[Needle, int] = {}  # where in the stream
+    for event in events:
+        stop = start
+        # Counted alone a word has no fewer tokens than in its sentence.
+        while size + (more := sink_data.count_tokens(tokenizer, f" {words[stop]}")) <= (
+            event.token
+        ):
+            size += more
+            stop += 1
+        stream += " ".join(words[start:stop])
+        start, fact = stop, event.line.fact
+        if event.distance:
+            prompt = f"{stream}\n\n{fact.question}"
             docs.append(
                 {
                     "prompt": prompt,
-                    "answer": owner,
-                    "distance": want,
-                    "num_back": num_tokens - ends[line],
-                    "num_tokens": num_tokens,
+                    "answer": fact.answer.strip(),
+                    "kind": fact.kind,
+                    "distance": event.distance,
+                    "num_back": sink_data.count_tokens(tokenizer, prompt[told[fact] :]),
+                    "num_tokens": sink_data.count_tokens(tokenizer, prompt),
                 }
             )
-        add(f"{question} {owner}.\n")
-        if ends[-1] > length:
-            del lines[-1]
-            break
-        slot += 1
-    return lines, docs
+        told.setdefault(fact, len(stream))
+        stream += f"\n\n{fact.sentence}\n\n"
+        size = sink_data.count_tokens(tokenizer, stream)
+    return docs
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the first word is the owner."""
-    right = float(sink_data.first_word(results[0]) == doc["answer"].lower())
+    """1 where the first word is the answer."""
+    right = float(sink_data.first_word(results[0]) == doc["answer"])
     return {"acc": right, f"acc_back_{doc['distance']}": right}
