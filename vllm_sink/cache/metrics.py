@@ -11,11 +11,14 @@ vLLM itself uses such files: then they go into its folder and vLLM reads them.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+from vllm.logger import init_logger
 
 FOLDER_VARIABLE = "VLLM_SINK_METRICS_DIR"
 VLLM_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -31,7 +34,9 @@ GAUGES = {
     "vllm:sink_retrieval_blocks": "Blocks that requests hold for retrieval heads.",
     "vllm:sink_pinned_blocks": "Sink blocks among them: never evicted.",
 }
+FILE_BYTES = 1 << 16  # more than the names above take
 
+logger = init_logger("vllm.plugins.sink")
 
 _is_registered = False
 
@@ -88,8 +93,8 @@ class SinkMetrics:
 
         os.makedirs(folder, mode=0o700, exist_ok=True)
         unique = f"sink{os.getpid()}.db"  # prometheus_client's own have the pid
-        counters = MmapedDict(os.path.join(folder, f"counter_{unique}"))
-        gauges = MmapedDict(os.path.join(folder, f"gauge_sum_{unique}"))
+        counters = MmapedDict(_with_room(folder, f"counter_{unique}"))
+        gauges = MmapedDict(_with_room(folder, f"gauge_sum_{unique}"))
         self._values: dict[str, float] = {}
         self._places = {}
         for name, text in COUNTERS.items():
@@ -107,16 +112,47 @@ class SinkMetrics:
         file.write_value(key, value, 0.0)
 
 
+def _with_room(folder: str, name: str) -> str:
+    """A file whose pages the disk has.
+
+    prometheus_client makes it sparse and maps it: the first write to a page that a
+    full disk has no room for would end the engine core with SIGBUS.
+    """
+    path = os.path.join(folder, name)
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(max(0, FILE_BYTES - file.tell())))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # a scrape can't read half of one
+        raise
+    return path
+
+
 _metrics: SinkMetrics | None = None
 _owner = 0
 
 
 def metrics() -> SinkMetrics | None:
-    """This process's metrics; None where no folder reached it (a Ray worker)."""
+    """This process's metrics; None where no folder reached it (a Ray worker).
+
+    None, too, where the folder can't be written: serving is worth more than counters.
+    """
     global _metrics, _owner
-    if _metrics is None or _owner != os.getpid():
+    if _owner != os.getpid():
         folder = os.environ.get(VLLM_FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return None
-        _metrics, _owner = SinkMetrics(folder), os.getpid()
+        _owner = os.getpid()
+        try:
+            _metrics = SinkMetrics(folder)
+        except OSError as error:
+            _metrics = None
+            logger.warning(
+                "TMPDIR (or %s, where it is set) must be a folder with room for the "
+                "policy's counters, got %s; /metrics is without them until the server "
+                "is started with one",
+                VLLM_FOLDER_VARIABLE,
+                error,
+            )
     return _metrics

@@ -30,11 +30,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
+from vllm_sink_kernels.cpu.disk_cache import has_room
+
 # No "nnan"/"ninf": a NaN must stay one, and -inf is the empty maximum.
 OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     "error_model": "numpy",
-    "cache": True,
+    "cache": has_room(),
 }
 # Numba's cache of a loop knows the loop's own file and what its closure holds, not
 # the functions that it calls: each loop's closure holds this digest of all files.
