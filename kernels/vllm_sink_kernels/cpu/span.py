@@ -94,9 +94,9 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             changed; room for M floats.
     """
     first, end, low, slope, high = seen
-    count, group, scale, soft_cap = options
+    count, group, _scale, _soft_cap = options
     address, block_bytes, block_size, head_size, blocks = cache
-    scores, sums, tops, totals, _ = state
+    scores, sums, _tops, _totals, _ = state
     at_scores, at_sums = scores.ctypes.data, sums.ctypes.data
     key_row = block_size * pack * size
     value_row = head_size * size
