@@ -6,10 +6,10 @@
     python -m evals.reproduce mixing    --model M --text novel.txt --name "Emma"
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
-    python -m evals.reproduce heads_ppl, heads_stability, heads_engine, heads_methods:
-        the same
+    python -m evals.reproduce heads_ppl heads_stability heads_engine heads_methods ...
+    python -m evals.reproduce all       --model M --text emma.txt persuasion.txt
 
-Each writes a CSV, with its configuration in every row, and a PNG that is drawn
+Each writes a CSV, with its configuration in every row, and most a PNG that is drawn
 from the CSV alone. ``--plot-only`` draws again. Those of heads go on where they were
 stopped.
 """
@@ -17,6 +17,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import sys
@@ -200,45 +201,55 @@ HEADS = {
 SHORT = {"attention": 1024, "mixing": 256}
 
 
+def reproduce(what: str, given: argparse.Namespace) -> None:
+    """Measure one claim, unless --plot-only, and draw it."""
+    args = copy.copy(given)
+    path = args.out / f"{what}.csv"
+    if what in HEADS:
+        args.texts = args.text
+        fill, draw = HEADS[what]
+        if not args.plot_only:
+            fill(args, path)
+    else:
+        measure, draw = COMMANDS[what]
+        if not args.plot_only:
+            args.text = args.text[0]
+            args.tokens = args.tokens or SHORT.get(what, 16_384)
+            args.name = args.name or args.text.stem
+            write_rows(path, measure(args))
+    if draw is not None:
+        draw(path, path.with_suffix(".png"))
+    print(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evals.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=[*COMMANDS, *HEADS])
+    known = [*COMMANDS, *HEADS]
+    parser.add_argument("what", nargs="+", choices=[*known, "all"])
     parser.add_argument("--model", help="folder or Hub name")
     parser.add_argument("--text", type=Path, nargs="+", help="text files")
     parser.add_argument("--name", help="what to call the text in the CSV")
-    parser.add_argument("--tokens", type=int, help="16,384; less for the last two")
+    parser.add_argument(
+        "--tokens", type=int, help="16,384; less for attention and mixing"
+    )
     parser.add_argument("--budget", type=int, default=1024, help="S + W")
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
     parser.add_argument("--lengths", type=int, nargs="+", help="heads: of haystacks")
-    parser.add_argument("--haystacks", type=int, help="heads: of each length, 13")
+    parser.add_argument(
+        "--haystacks", type=int, help="heads: of each length; 13, heads_methods: 6"
+    )
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
-    path = args.out / f"{args.what}.csv"
     if not args.plot_only:
         if args.model is None or args.text is None:
             parser.error("--model and --text are needed")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if args.what in HEADS:
-        args.texts = args.text
-        fill, draw_heads = HEADS[args.what]
-        if not args.plot_only:
-            fill(args, path)
-        if draw_heads is not None:
-            draw_heads(path, path.with_suffix(".png"))
-        print(path)
-        return
-    measure, draw = COMMANDS[args.what]
-    if not args.plot_only:
-        args.text = args.text[0]
-        args.tokens = args.tokens or SHORT.get(args.what, 16_384)
-        args.name = args.name or args.text.stem
-        write_rows(path, measure(args))
-    draw(path, path.with_suffix(".png"))
-    print(f"{path} and {path.with_suffix('.png').name}")
+    for what in known if "all" in args.what else args.what:
+        reproduce(what, args)
 
 
 if __name__ == "__main__":
