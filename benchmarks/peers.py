@@ -1,9 +1,10 @@
 """What people use instead on a CPU: the same stream in other programs.
 
 Time per output token of an endless stream at the same budget of S + W tokens:
-vLLM with sink; Hugging Face with a StreamingLLM cache; llama.cpp with context
-shift (``n_keep`` = S), from the model's GGUF file, whose weights are 4-bit. The
-last one needs ``llama-cpp-python``, here or in the ``--llama-python`` given.
+vLLM with sink, in each dtype and with the weights of each ``--quantized`` checkpoint
+(``benchmarks.quantize``); Hugging Face with a StreamingLLM cache; llama.cpp with
+context shift (``n_keep`` = S), from the model's GGUF file, whose weights are 4-bit.
+The last one needs ``llama-cpp-python``, here or in the ``--llama-python`` given.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from benchmarks import common
 BUDGET = common.NUM_SINK_TOKENS + common.WINDOW_SIZE
 
 LLAMA = """
-import json, sys, time
+import json, os, sys, time
 import llama_cpp
 path, tokens_path, budget, keep, count = sys.argv[1:6]
 budget, keep, count = int(budget), int(keep), int(count)
 tokens = json.load(open(tokens_path))
-llm = llama_cpp.Llama(path, n_ctx=budget, n_batch=512, n_threads=2, verbose=False)
+threads = len(os.sched_getaffinity(0))
+llm = llama_cpp.Llama(
+    path, n_ctx=budget, n_batch=512, n_threads=threads, verbose=False
+)
 llm.eval(tokens[:budget - 1])
 memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
 past, seconds = budget - 1, []
@@ -44,8 +48,8 @@ print(json.dumps([llama_cpp.__version__, seconds]))
 """
 
 
-def vllm_sink(model: str, tokens: list[int], count: int) -> list[float]:
-    engine = common.Engine("sink", model, len(tokens) + count + 16)
+def vllm_sink(model: str, dtype: str, tokens: list[int], count: int) -> list[float]:
+    engine = common.Engine("sink", model, len(tokens) + count + 16, dtype)
     engine.add(tokens, count + 4)
     engine.num_output_tokens = 0
     while not engine.num_output_tokens:
@@ -82,7 +86,8 @@ class StreamingCache:
             assert excess == 1, f"one token a step, got {excess}"
             keys = layer.keys[:, :, self.sinks + 1 :]
             first, second = keys.chunk(2, dim=-1)
-            keys = keys * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+            turned = keys * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+            keys = turned.to(keys.dtype)
             layer.keys = torch.cat([layer.keys[:, :, : self.sinks], keys], dim=2)
             layer.values = torch.cat(
                 [
@@ -93,11 +98,11 @@ class StreamingCache:
             )
 
 
-def hugging_face(path: str, tokens: list[int], count: int) -> list[float]:
+def hugging_face(path: str, dtype: str, tokens: list[int], count: int) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     cache = DynamicCache(config=model.config)
     streaming = StreamingCache(cache, model, common.NUM_SINK_TOKENS, common.WINDOW_SIZE)
     seconds = []
@@ -131,18 +136,22 @@ def llama_cpp(python: str, tokens: list[int], count: int, scratch: Path) -> tupl
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--quantized", nargs="*", default=[], help="checkpoints")
     parser.add_argument("--tokens", type=int, default=48, help="timed, each program")
     parser.add_argument("--context", type=int, default=4096)
     args = parser.parse_args()
     table = common.Table("peers", args.model)
     tokens = common.prose(args.model, args.context)
 
-    def add(name: str, seconds: list[float], context: int) -> None:
+    def add(name: str, dtype: str, seconds: list[float], context: int) -> None:
+        table.dtype = dtype
         table.add(name, "tpot", context, [1e3 * s for s in seconds], "ms")
         table.save()
 
-    seconds = hugging_face(args.model, tokens, args.tokens)
-    add("Hugging Face + StreamingLLM cache", seconds, BUDGET + args.tokens)
+    for dtype in args.dtypes:
+        seconds = hugging_face(args.model, dtype, tokens, args.tokens)
+        context = BUDGET + args.tokens
+        add(f"Hugging Face + StreamingLLM cache, {dtype}", dtype, seconds, context)
     has_llama = importlib.util.find_spec("llama_cpp") is not None
     if has_llama or args.llama_python != sys.executable:
         scratch = common.RESULTS / ".tokens.json"
@@ -153,11 +162,28 @@ def main() -> None:
             )
         finally:
             scratch.unlink(missing_ok=True)
-        add(f"llama.cpp {version} Q4_1", seconds, BUDGET + len(seconds))
+        name = f"llama.cpp {version}, Q4_1 weights"
+        add(name, "float16", seconds, BUDGET + len(seconds))
     else:
         print("llama.cpp left out: pip install llama-cpp-python, or --llama-python")
-    seconds = vllm_sink(args.model, tokens, args.tokens)
-    add("vLLM + sink", seconds, args.context + args.tokens)
+    context = args.context + args.tokens
+    for dtype in args.dtypes:
+        seconds = vllm_sink(args.model, dtype, tokens, args.tokens)
+        add(f"vLLM + sink, {dtype}", dtype, seconds, context)
+    for folder in args.quantized:
+        seconds = vllm_sink(folder, "bfloat16", tokens, args.tokens)
+        name = f"vLLM + sink, {weights_of(folder)} weights"
+        add(name, "bfloat16", seconds, context)
+
+
+def weights_of(folder: str) -> str:
+    """The bits and the format of a quantized checkpoint's weights."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    quantized = config["quantization_config"]
+    (group,) = quantized["config_groups"].values()
+    activations = group["input_activations"] or {"num_bits": 16}
+    bits = f"W{group['weights']['num_bits']}A{activations['num_bits']}"
+    return f"{bits} ({quantized['format']})"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ BENCHMARKS = (
     "batches",
     "attention",
     "capacity",
+    "serve",
     "peers",
     "manager_cost",
     "million",

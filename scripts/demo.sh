@@ -37,11 +37,11 @@ print(*sorted(os.sched_getaffinity(0)), sep=",")' 2>/dev/null || true)
 if [[ -z ${VLLM_CPU_OMP_THREADS_BIND:-} && $cores =~ ^[0-9]+,[0-9]+$ ]]; then
     serve_env=(VLLM_CPU_OMP_THREADS_BIND="$cores")
 fi
-trained=$("$PYTHON" - "$ROOT/scripts" "$model" <<'PY'
+read -r trained dtype < <("$PYTHON" - "$ROOT/scripts" "$model" <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
-from demo_stream import trained_length
-print(trained_length(sys.argv[2]))
+from demo_stream import fast_dtype, trained_length
+print(trained_length(sys.argv[2]), fast_dtype())
 PY
 )
 # A row of the rotary table for every position, past the trained length too.
@@ -64,7 +64,7 @@ trap 'exit 143' TERM
 echo
 echo "1. Serve $(basename "$model") with 4 sinks and a window of 1,020 tokens"
 command=("$vllm" serve "$model" --attention-backend sink
-    --host 127.0.0.1 --port "$port" --dtype float32 --enforce-eager
+    --host 127.0.0.1 --port "$port" --dtype "$dtype" --enforce-eager
     --max-model-len 16384 ${overrides[@]+"${overrides[@]}"}
     --additional-config '{"sink": {"num_sink_tokens": 4, "window_size": 1020}}')
 env ${serve_env[@]+"${serve_env[@]}"} "${command[@]}" >"$log" 2>&1 &
@@ -78,6 +78,7 @@ echo "2. Ask it over the OpenAI API"
 echo
 echo "3. Stream a text longer than the trained length ($trained tokens)"
 "$PYTHON" "$ROOT/scripts/demo_stream.py" "$model" --trained-length "$trained" \
+    --dtype "$dtype" \
     ${stream[@]+"${stream[@]}"}
 echo
 echo "Done in $SECONDS s."

@@ -16,6 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import fast_dtype
+
 LENGTHS = (2048, 4096, 8192, 12288)
 SPAN = 1024  # tokens of a perplexity
 CHUNK = 1024  # tokens of an engine step
@@ -32,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--trained-length", type=int, help="of the model (its max_position_embeddings)"
     )
+    parser.add_argument("--dtype", default=fast_dtype(), help="fast here: %(default)s")
     parser.add_argument("--policy", choices=("sink", "stock"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -83,7 +87,7 @@ def run_policy(args: argparse.Namespace) -> None:
         kwargs["hf_overrides"] = {"max_position_embeddings": MAX_MODEL_LEN}
     llm = LLM(
         args.model,
-        dtype="float32",
+        dtype=args.dtype,
         enforce_eager=True,
         disable_log_stats=True,
         max_model_len=MAX_MODEL_LEN,
@@ -144,7 +148,7 @@ def run_child(policy: str, args: argparse.Namespace) -> dict:
     """Run one policy in a process; show its progress; return its result."""
     command = [sys.executable, __file__, args.model, "--policy", policy]
     command += ["--sinks", str(args.sinks), "--window", str(args.window)]
-    command += ["--trained-length", str(args.trained_length)]
+    command += ["--trained-length", str(args.trained_length), "--dtype", args.dtype]
     if args.text is not None:
         command += ["--text", str(args.text)]
     env = {
