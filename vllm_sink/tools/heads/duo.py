@@ -3,7 +3,7 @@
 Every KV head's output is gate x full attention's + (1 - gate) x streaming's. The gates
 start at 0.5 and are trained to keep the last hidden states of needle prompts while
 their mean is pushed down; the model stays as it is. Minutes instead of seconds; better
-than the recipe of ``scores`` at a half and, for small models, below a quarter.
+than the recipe of ``scores`` below a quarter of the heads (docs/find_heads.md).
 """
 
 from __future__ import annotations
