@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -177,6 +178,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    # Ended like this, it still ends the engine's process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse()
     console = Console()
     policies = [

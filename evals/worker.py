@@ -92,7 +92,9 @@ def run(config: dict[str, Any], tasks: list[str], out: Path) -> None:
         metrics = {
             key.removesuffix(",none"): value
             for key, value in results["results"][task].items()
-            if key.endswith(",none") and isinstance(value, (int, float))
+            if key.endswith(",none")
+            and isinstance(value, (int, float))
+            and value != -1  # RULER's, for a length that no sample has
         }
         part = {
             "config": config,
