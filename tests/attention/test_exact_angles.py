@@ -41,11 +41,12 @@ def test_frequencies_are_read_off_a_tables_rows(trained, magnitude):
     assert torch.equal(rows[at], exact.float())
 
 
-def test_frequencies_of_a_bf16_table():
+@pytest.mark.parametrize("trained", [8192, 131_072])
+def test_frequencies_of_a_bf16_table(trained):
     """Good enough for every distance that a query ever sees."""
-    frequencies, rows = model_table(8192, torch.bfloat16)
+    frequencies, rows = model_table(trained, torch.bfloat16)
     found, _ = read_frequencies(rows.double(), torch.bfloat16)
-    assert ((found - frequencies.double()).abs() * 8192).max() < 1e-3
+    assert ((found - frequencies.double()).abs() * trained).max() < 1e-3
 
 
 def test_a_table_that_does_not_grow_evenly_is_left_alone():

@@ -129,6 +129,17 @@ def test_what_no_table_explains_is_refused(loaded, monkeypatch, kind):
         assert re.search(message, found.seen), found.seen
 
 
+def test_a_change_of_length_alone_counts_four_times():
+    """1% of all rows' length tells more than of a pair's: rounding averages out."""
+    from vllm_sink.attention.rotation_tables import misfit
+
+    first = torch.randn(8, 1, 2, 64)
+    seen = torch.cat([first, 1.01 * first], 1)
+    worst, position = misfit(seen, torch.tensor([0, 5]), None)
+    assert position == 5
+    assert worst == pytest.approx(0.04, rel=1e-3)
+
+
 def twice_as_long(positions, q, k):
     """The same factor everywhere: the turn commutes with it."""
     return 2 * q, k / 3
