@@ -29,6 +29,7 @@ def test_gap_is_what_no_later_query_sees():
         policy = RetentionPolicy(sinks, window)
         for n in range(0, 600, 7):
             first, last = policy.gap_blocks(n, size)
+            assert policy.num_sink_blocks(size) == first <= last
             unseen = [
                 block
                 for block in range(cdiv(n, size))
