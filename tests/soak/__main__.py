@@ -6,14 +6,16 @@
 Each client asks one request after another from a deck of some forty kinds whose
 answers were noted while nothing else ran: whole, as a stream, or hung up on. The
 pool of KV blocks is small, so that requests are preempted; the prefix cache is
-reset every 20 s. Prints a summary as JSON; the exit status is 1 if anything that
-must hold did not.
+reset every 20 s. With ``--faults`` further servers are started beside it and suffer.
+Prints a summary as JSON and the faults as a table; the exit status is 1 if anything
+that must hold did not.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import tempfile
 import time
@@ -21,6 +23,14 @@ from pathlib import Path
 
 from tests.soak.clients import SoakFailure
 from tests.soak.deck import Deck
+from tests.soak.fault_ray import cluster, deployment
+from tests.soak.fault_servers import (
+    full_disk,
+    moved_clock,
+    read_only_disk,
+    second_server,
+)
+from tests.soak.faults import Lives
 from tests.soak.model import save_tiny
 from tests.soak.run import Report, soak
 from tests.soak.server import Server
@@ -32,6 +42,14 @@ FLAGS += ["--num-gpu-blocks-override", "220", "--scheduling-policy", "priority"]
 FLAGS += ["--additional-config"]
 FLAGS += ['{"sink": {"num_sink_tokens": 4, "window_size": 124}}']
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+LIVES = {
+    "ray-worker": cluster,
+    "ray-replica": deployment,
+    "second": second_server,
+    "clock": moved_clock,
+    "full": full_disk,
+    "read-only": read_only_disk,
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--ngram", action="store_true", help="n-gram speculation")
-    parser.add_argument("--log", help="the server's log; left out: a temporary file")
+    parser.add_argument(
+        "--faults",
+        nargs="*",
+        metavar="LIFE",
+        help="servers beside it that suffer, one after another: "
+        f"{', '.join(LIVES)}; without names all of them",
+    )
+    parser.add_argument("--logs", help="a folder; left out: the logs are not kept")
     parser.add_argument(
         "--model",
         help="a model folder; left out: a small random Llama with the tokenizer of "
@@ -56,36 +81,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
+        logs = Path(args.logs or folder)
+        logs.mkdir(exist_ok=True)
         model = args.model or save_tiny(
             os.environ["VLLM_SINK_TEST_MODEL"], Path(folder) / "model", MAX_MODEL_LEN
         )
         flags = [*FLAGS, *(["--speculative-config", NGRAM] if args.ngram else [])]
-        server = Server(model, Path(args.log or Path(folder) / "log"), *flags)
+        server = Server(model, logs / "main.log", *flags)
         report = Report(args.seed, 60 * args.minutes, args.clients)
+        deck = Deck(args.seed, vocab=40_000, max_model_len=MAX_MODEL_LEN)
+        lives = Lives(model, flags, logs, deck.cards, server, args.seed)
+        names = [] if args.faults is None else args.faults or list(LIVES)
         try:
             server.wait_ready()
-            deck = Deck(args.seed, vocab=40_000, max_model_len=MAX_MODEL_LEN)
             start = time.monotonic()
-            asyncio.run(
-                soak(
-                    server,
-                    deck,
-                    seconds=report.seconds,
-                    clients=args.clients,
-                    report=report,
-                )
-            )
+            beside = functools.partial(lives.lead, [LIVES[name] for name in names])
+            asyncio.run(soak(server, deck, report, beside))
+            sight = lives.load_until_error(server.url, server.process.terminate)
+            end = lives.check_end(server)
+            lives.saw("the soak's own server gets SIGTERM", f"{sight}, {end}")
             print(f"{time.monotonic() - start:.0f} s in all, solo answers included")
         except (SoakFailure, OSError) as error:  # the server died, or before the load
             report.failures.append(f"{type(error).__name__}: {error}")
         finally:
-            status = server.stop()
-        if status not in (0, -15, 143):
-            report.failures.append(f"the server ended with {status} on SIGTERM")
-        report.failures += [f"left behind: {name}" for name in server.left_behind()]
+            server.stop()
+        report.failures += lives.failures
         if report.failures:
             print(server.first_error())
         report.print()
+        print(lives.table())
     return 1 if report.failures else 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -20,6 +21,12 @@ TIE = 1e-3
 
 class SoakFailure(AssertionError):
     """An invariant that did not hold."""
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Whether so much time has gone by since this call."""
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() >= until
 
 
 def client(url: str, timeout_s: float = 300) -> openai.AsyncOpenAI:
@@ -139,12 +146,16 @@ async def stream(
 
 
 async def one_client(
-    url: str, cards: list[Card], seed: int, until: float, tally: Counter
+    url: str,
+    cards: list[Card],
+    seed: int,
+    is_over: Callable[[], bool],
+    tally: Counter,
 ) -> None:
-    """Requests one after another until the time (monotonic seconds) is up."""
+    """Requests one after another until it is over."""
     rng = random.Random(seed)
     async with client(url) as api:
-        while time.monotonic() < until:
+        while not is_over():
             card = rng.choice(cards)
             way = rng.random()
             if way < 0.5:
@@ -154,14 +165,3 @@ async def one_client(
             else:
                 await stream(api, card, tally, rng.randrange(1, 6))
             await asyncio.sleep(rng.random() * 0.2)
-
-
-async def probe(url: str, card: Card, until: float, latencies: list[float]) -> None:
-    """A small request of the highest priority every second: its seconds."""
-    async with client(url) as api:
-        while time.monotonic() < until:
-            start = time.monotonic()
-            tokens = answers(card, await ask(api, card))[0][0]
-            same(card, tokens, 0)
-            latencies.append(time.monotonic() - start)
-            await asyncio.sleep(1)

@@ -8,13 +8,29 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from tests.helpers.server import free_port, post
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600
+
+
+def shared_memory() -> set[str]:
+    """Names of the machine's shared memory segments and semaphores."""
+    return set(os.listdir("/dev/shm"))
+
+
+def in_use(names: set[str]) -> set[str]:
+    """Those that some process has mapped: another program's."""
+    used = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            used |= {name for name in names if f"/dev/shm/{name}" in maps}
+    return used
 
 
 class Server:
@@ -24,10 +40,24 @@ class Server:
         model: Folder of the model.
         log: Its output goes there.
         flags: Further flags.
+        before: Words before the command: ``unshare`` and the like, ended by ``exec``.
         environment: Changes to its environment.
+
+    Attributes:
+        tmp: Its TMPDIR, a folder of its own beside the log.
     """
 
-    def __init__(self, model: str, log: Path, *flags: str, **environment: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        *flags: str,
+        before: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
+        self.tmp = log.with_suffix(".tmp")
+        self.tmp.mkdir(exist_ok=True)
+        self.segments = shared_memory()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -38,9 +68,17 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "TMPDIR": str(self.tmp),
             **environment,
         }
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+        command = [
+            *before,
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            model,
+        ]
         command += ["--attention-backend", "sink", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         command += ["--served-model-name", "model", *flags]
@@ -73,9 +111,12 @@ class Server:
                 self.process.wait()
 
     def left_behind(self, patience_s: float = 10) -> list[str]:
-        """Children that still run after the server ended."""
+        """What is still there after it ended: children, files, shared memory."""
         _, alive = psutil.wait_procs(self.children, timeout=patience_s)
-        return [" ".join(child.cmdline())[:80] for child in alive]
+        left = [" ".join(child.cmdline())[:80] for child in alive]
+        left += [f"{self.tmp.name}/{file.name}" for file in self.tmp.iterdir()]
+        new = shared_memory() - self.segments
+        return left + sorted(f"/dev/shm/{name}" for name in new - in_use(new))
 
     def engine_core(self) -> psutil.Process:
         for child in self.children:
@@ -98,6 +139,15 @@ class Server:
                 name = process.name()
                 sizes[name] = sizes.get(name, 0) + process.memory_info().rss / 2**20
         return sizes
+
+    def cpu_s(self) -> float:
+        """CPU time of its processes so far."""
+        total = 0.0
+        for process in [psutil.Process(self.process.pid), *self.children]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
 
     def counters(self) -> dict[str, float]:
         """Values of ``/metrics``, summed over their labels."""
