@@ -97,9 +97,11 @@ def cluster(lives: Lives) -> Seen:
         settings = {**SETTINGS, "RAY_ADDRESS": address}
         with running(lives.server("worker", *flags, **settings)) as server:
             lives.load(server.url, 8)
-            worker = named(node, "RayWorkerProc")[-1]
+            workers = named(node, "RayWorkerProc")
+            server.watch(workers)
+            worker = workers[-1]
             sight = lives.load_until_error(server.url, worker.kill)
-            end = lives.check_end(server)
+            end = lives.check_end(server, killed=True)
             yield "Ray worker killed", f"{sight}, {end}"
         with running(lives.server("worker-fresh", *flags, **settings)) as server:
             sight = lives.load(server.url, 6)

@@ -115,7 +115,7 @@ def moved_clock(lives: Lives) -> Seen:
         sight = lives.load_until_error(
             server.url, lambda: core.send_signal(signal.SIGKILL)
         )
-        end = lives.check_end(server)
+        end = lives.check_end(server, killed=True)
         yield "engine core killed", f"{sight}, {end}"
     with running(lives.server("fresh")) as server:
         sight = lives.load(server.url, 6)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,19 +18,14 @@ from tests.helpers.server import free_port, post
 START_TIMEOUT_S = 600
 
 
-def shared_memory() -> set[str]:
-    """Names of the machine's shared memory segments and semaphores."""
-    return set(os.listdir("/dev/shm"))
-
-
-def in_use(names: set[str]) -> set[str]:
-    """Those that some process has mapped: another program's."""
-    used = set()
-    for process in psutil.process_iter():
+def segments(processes: Iterable[psutil.Process]) -> set[Path]:
+    """The shared memory that they have mapped."""
+    found = set()
+    for process in processes:
         with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            used |= {name for name in names if f"/dev/shm/{name}" in maps}
-    return used
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {line.split(None, 5)[5] for line in lines if "/dev/shm/" in line}
+    return {Path(name) for name in found if not name.endswith("(deleted)")}
 
 
 class Server:
@@ -57,7 +52,7 @@ class Server:
     ) -> None:
         self.tmp = log.with_suffix(".tmp")
         self.tmp.mkdir(exist_ok=True)
-        self.segments = shared_memory()
+        self.segments: set[Path] = set()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -89,6 +84,7 @@ class Server:
         self.children: list[psutil.Process] = []
 
     def wait_ready(self) -> None:
+        """Wait until it answers, then watch its children."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
@@ -97,7 +93,12 @@ class Server:
                 urllib.request.urlopen(self.url + "/health", timeout=5)
                 break
             time.sleep(0.5)
-        self.children = psutil.Process(self.process.pid).children(recursive=True)
+        self.watch(psutil.Process(self.process.pid).children(recursive=True))
+
+    def watch(self, children: list[psutil.Process]) -> None:
+        """Processes that must end with it, and whose shared memory must go."""
+        self.children += children
+        self.segments |= segments([psutil.Process(self.process.pid), *children])
 
     def stop(self, timeout_s: float = 60) -> int:
         """End it by SIGTERM; its exit status."""
@@ -114,9 +115,8 @@ class Server:
         """What is still there after it ended: children, files, shared memory."""
         _, alive = psutil.wait_procs(self.children, timeout=patience_s)
         left = [" ".join(child.cmdline())[:80] for child in alive]
-        left += [f"{self.tmp.name}/{file.name}" for file in self.tmp.iterdir()]
-        new = shared_memory() - self.segments
-        return left + sorted(f"/dev/shm/{name}" for name in new - in_use(new))
+        files = [*self.tmp.iterdir(), *filter(Path.exists, self.segments)]
+        return left + sorted(str(file) for file in files)
 
     def engine_core(self) -> psutil.Process:
         for child in self.children:
