@@ -23,6 +23,10 @@ class SoakFailure(AssertionError):
     """An invariant that did not hold."""
 
 
+class Aborted(Exception):
+    """The server gave the request up and said so in its ``finish_reason``."""
+
+
 def after(seconds: float) -> Callable[[], bool]:
     """Whether so much time has gone by since this call."""
     until = time.monotonic() + seconds
@@ -56,6 +60,7 @@ def answers(card: Card, response: Any) -> list[tuple[list[int], list[float]]]:
     """Per choice its tokens, and how far the runner-up was behind each."""
     result = []
     for choice in response.choices:
+        check_finished(choice)
         margins = []
         if card.route == "chat":
             rows = [[top.logprob for top in c.top_logprobs] for c in _content(choice)]
@@ -66,6 +71,11 @@ def answers(card: Card, response: Any) -> list[tuple[list[int], list[float]]]:
             margins.append(best[0] - best[1] if len(best) > 1 else 0.0)
         result.append((list(choice.token_ids), margins))
     return result
+
+
+def check_finished(choice: Any) -> None:
+    if choice.finish_reason == "abort":
+        raise Aborted
 
 
 def _content(choice: Any) -> list:
@@ -135,6 +145,7 @@ async def stream(
         count += 1
         for choice in event.choices:  # chat's first and last events have none
             tokens += getattr(choice, "token_ids", None) or []
+            check_finished(choice)
         if hang_up_after is not None and count >= hang_up_after:
             tally["hung up"] += 1
             break
