@@ -139,11 +139,13 @@ async def stream(
     if card.status != 200 or card.body.get("n", 1) > 1:
         return await whole(api, card, tally)
     tokens: list[int] = []
+    has_choice = False
     events = await ask(api, card, stream=True)
     count = 0
     async for event in events:
         count += 1
         for choice in event.choices:  # chat's first and last events have none
+            has_choice = True
             tokens += getattr(choice, "token_ids", None) or []
             check_finished(choice)
         if hang_up_after is not None and count >= hang_up_after:
@@ -152,6 +154,8 @@ async def stream(
     await events.response.aclose()
     if hang_up_after is not None and count >= hang_up_after:
         return
+    if not has_choice:  # how vLLM 0.32 refuses a stream while it drains
+        raise Aborted
     tally["same" if same(card, tokens, 0) else "tie"] += 1
     tally["finished"] += 1
 

@@ -1,8 +1,16 @@
 """What the soak calls wrong: it must be able to fail."""
 
+import asyncio
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import httpx
+import openai
 import pytest
 
-from tests.soak.clients import TIE, SoakFailure, check_refusal, same
+from tests.soak import clients, faults
+from tests.soak.clients import TIE, Aborted, SoakFailure, check_refusal, same, stream
 from tests.soak.deck import Card, Deck
 from tests.soak.faults import Lives
 
@@ -36,6 +44,58 @@ def test_a_refusal_is_a_400_with_a_reason(status, reason, is_fine):
     else:
         with pytest.raises(SoakFailure):
             check_refusal(refused, error)
+
+
+def event(tokens, finish_reason=None) -> SimpleNamespace:
+    choice = SimpleNamespace(token_ids=tokens, finish_reason=finish_reason)
+    return SimpleNamespace(choices=[choice])
+
+
+@pytest.mark.parametrize(
+    "events, error",
+    [
+        ([event([5, 6]), event([7], "length")], None),
+        ([event([5, 6]), event([], "abort")], Aborted),
+        ([], Aborted),  # refused while the server drains
+        ([event([5, 6])], SoakFailure),  # cut, and nobody said so
+        ([event([5, 9]), event([7], "length")], SoakFailure),
+    ],
+)
+def test_a_stream_is_whole_or_says_that_it_is_not(monkeypatch, card, events, error):
+    class Events:
+        response = SimpleNamespace(aclose=lambda: asyncio.sleep(0))
+
+        async def __aiter__(self):
+            for one in events:
+                yield one
+
+    async def ask(api, card, **more):
+        return Events()
+
+    monkeypatch.setattr(clients, "ask", ask)
+    tally: Counter = Counter()
+    if error:
+        with pytest.raises(error):
+            asyncio.run(stream(None, card, tally, None))
+        assert not tally["finished"]
+    else:
+        asyncio.run(stream(None, card, tally, None))
+        assert tally["finished"] == 1
+
+
+def test_a_server_that_failed_is_no_wrong_answer(monkeypatch):
+    """Whatever the card is and whichever way it is asked."""
+    response = httpx.Response(500, request=httpx.Request("POST", "http://x"))
+
+    async def ask(api, card, **more):
+        raise openai.InternalServerError("engine dead", response=response, body=None)
+
+    monkeypatch.setattr(clients, "ask", ask)
+    monkeypatch.setattr(faults, "ask", ask)
+    for seed, card in enumerate(c for c in Deck(1, 1000, 512).cards if c.status == 200):
+        for way in range(4):
+            rng = random.Random(10 * seed + way)
+            assert not asyncio.run(faults._is_answered(None, card, rng, Counter()))
 
 
 def test_a_life_that_fails_is_told_and_the_next_one_is_led(tmp_path, capsys):
