@@ -63,7 +63,7 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # A worker that is killed for being slow, on a busy machine, deletes nothing.
+            # A worker that is killed for being slow deletes nothing.
             "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "30",
             "TMPDIR": str(self.tmp),
             **environment,
