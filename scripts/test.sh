@@ -48,6 +48,7 @@ triton() {
     part "kernels, Triton ${TRITON_NEXT%.*}" env PYTHONPATH="$NEXT_TRITON" \
         VLLM_SINK_EXPECT_TRITON="$TRITON_NEXT" "$PYTHON" -m pytest tests/kernels_aot
     part "zoo" "$PYTHON" -m pytest tests/zoo
+    part "soak, three minutes" "$PYTHON" -m tests.soak --minutes 3 --seed 1 --clients 40
 }
 
 part "ruff check" "$PYTHON" -m ruff check .
