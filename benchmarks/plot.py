@@ -63,7 +63,9 @@ def of_one_dtype(rows):
 
 def machine_of(rows) -> str:
     row = rows[0]
-    text = f"{row['model']}, {row['dtype']}, {row['cores']} cores of {row['machine']}"
+    dtypes = sorted({row["dtype"] for row in rows})
+    cores = f"{row['cores']} core{'s' if row['cores'] != '1' else ''}"
+    text = f"{row['model']}, {' and '.join(dtypes)}, {cores} of {row['machine']}"
     flags = row.get("cpu_flags")
     return f"{text} ({flags})" if flags else text
 
