@@ -115,7 +115,7 @@ def test_work_does_not_grow_with_the_stream():
         table = torch.arange(-(-seq_len // SIZE), dtype=torch.int32)[None]
         kinds = [Kind(table, 4, 60)]
         token = attention.plan(kinds, [0, 1], [seq_len], block_size=SIZE).decode
-        plan = attention.plan(kinds, [0, 100], [seq_len], block_size=SIZE)
+        plan = attention.plan(kinds, [0, 100], [seq_len], block_size=SIZE, group_size=6)
         work.append((*token.max_keys, *token.max_parts, len(plan.prefill.tiles)))
         # The table's other entries are out of memory's range.
         table[:, 1 : -(-(seq_len - 200) // SIZE)] = 2**31 - 1
