@@ -94,13 +94,7 @@ def throughput(engine: str, model: str, context: int, num_prompts: int) -> dict:
             "--hf-overrides",
             json.dumps({"max_position_embeddings": max_model_len}),
         ]
-        if engine == "sink":
-            policy = {
-                "num_sink_tokens": common.NUM_SINK_TOKENS,
-                "window_size": common.WINDOW_SIZE,
-            }
-            command += ["--attention-backend", "sink"]
-            command += ["--additional-config", json.dumps({"sink": policy})]
+        command += common.flags(engine)
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")

@@ -10,6 +10,7 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
+import json
 import os
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_SINK_TOKENS, WINDOW_SIZE = 4, 1024
+POLICY = {"sink": {"num_sink_tokens": NUM_SINK_TOKENS, "window_size": WINDOW_SIZE}}
 # Of the CSVs: what was measured, how, and where.
 MEASURED = ("benchmark", "engine", "metric", "context", "value", "p20", "p80")
 MEASURED += ("unit", "n")
@@ -195,6 +197,14 @@ def prose(model: str, num_tokens: int) -> list[int]:
     return tokens[:num_tokens]
 
 
+def flags(engine: str) -> list[str]:
+    """What ``vllm``'s commands are given for "sink" or "stock"."""
+    if engine == "stock":
+        return []
+    config = json.dumps(POLICY)
+    return ["--attention-backend", "sink", "--additional-config", config]
+
+
 class Engine:
     """An in-process vLLM engine that is stepped by hand.
 
@@ -217,12 +227,7 @@ class Engine:
 
         if name == "sink":
             kwargs["attention_backend"] = "sink"
-            kwargs["additional_config"] = {
-                "sink": {
-                    "num_sink_tokens": NUM_SINK_TOKENS,
-                    "window_size": WINDOW_SIZE,
-                }
-            }
+            kwargs["additional_config"] = POLICY
         self.name = name
         self.llm = LLM(
             model,

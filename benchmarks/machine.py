@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def machine() -> str:
+    """The CPU's name, as the kernel says it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -34,13 +34,7 @@ def server(engine: str, model: str, dtype: str, log: Path) -> Iterator[int]:
         *("--dtype", dtype, "--max-num-batched-tokens", "2048"),
         *("--max-num-seqs", "16", "--no-enable-prefix-caching"),
     ]
-    if engine == "sink":
-        policy = {
-            "num_sink_tokens": common.NUM_SINK_TOKENS,
-            "window_size": common.WINDOW_SIZE,
-        }
-        command += ["--attention-backend", "sink"]
-        command += ["--additional-config", json.dumps({"sink": policy})]
+    command += common.flags(engine)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
