@@ -111,12 +111,7 @@ def measure_engine(args: argparse.Namespace, path: Path) -> None:
     del model
     read = [texts.read(file) for file in args.texts]
     length = (args.lengths or LENGTHS)[0]
-    haystacks = [
-        needles.make(
-            tokenizer, read[i % len(read)].content, length, WINDOW, f"test {i}"
-        )
-        for i in range(args.haystacks or NUM_HAYSTACKS)
-    ]
+    haystacks = make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
     prompts, params, answers = [], [], []
     for haystack in haystacks:
         for question in haystack.questions:
@@ -156,6 +151,16 @@ def found_heads(args: argparse.Namespace):
     return model, tokenizer, scores.find(model, tokenizer, text.calibration, layers)
 
 
+def make_haystacks(tokenizer, read: list, length: int, count: int) -> list:
+    """``count`` haystacks of ``length`` tokens, of the texts in turn."""
+    return [
+        needles.make(
+            tokenizer, read[i % len(read)].content, length, WINDOW, f"test {i}"
+        )
+        for i in range(count)
+    ]
+
+
 def described(args: argparse.Namespace, names: str) -> dict[str, Any]:
     """The columns that every CSV of heads has."""
     return {
@@ -175,12 +180,7 @@ def measure_needles(args: argparse.Namespace, path: Path) -> None:
     policy = RetentionPolicy(NUM_SINK_TOKENS, WINDOW)
     rows = Rows(path)
     haystacks = {
-        length: [
-            needles.make(
-                tokenizer, read[i % len(read)].content, length, WINDOW, f"test {i}"
-            )
-            for i in range(args.haystacks or NUM_HAYSTACKS)
-        ]
+        length: make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
         for length in args.lengths or LENGTHS
     }
     table = [(length, *choice) for length in haystacks for choice in choices(found)]

@@ -12,7 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals.heads import LENGTHS, NUM_SINK_TOKENS, WINDOW, Rows, described
+from evals.heads import (
+    LENGTHS,
+    NUM_SINK_TOKENS,
+    WINDOW,
+    Rows,
+    described,
+    make_haystacks,
+)
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import attention, duo, fraction, needles, scores, texts
 
@@ -29,12 +36,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
     policy = RetentionPolicy(NUM_SINK_TOKENS, WINDOW)
     read = [texts.read(file) for file in args.texts]
     length = (args.lengths or LENGTHS)[0]
-    haystacks = [
-        needles.make(
-            tokenizer, read[i % len(read)].content, length, WINDOW, f"test {i}"
-        )
-        for i in range(args.haystacks or NUM_HAYSTACKS)
-    ]
+    haystacks = make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
 
     @functools.cache
     def find(method: str) -> tuple[scores.Scores, float]:
