@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm_sink_kernels import reference
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
-from vllm_sink_kernels.triton.launch_config import INTERPRETER_CORES, LaunchConfig
+from vllm_sink_kernels.triton.launch_config import LaunchConfig, num_cores
 from vllm_sink_kernels.triton.prefill import sink_prefill
 
 NAN = float("nan")
@@ -76,7 +76,7 @@ class Batch:
         kw = self.kw | kw
         num_heads, head_size = self.q.shape[-2:]
         shape = workspace_shape(
-            num_heads, head_size, self.k_cache.shape[2], INTERPRETER_CORES
+            num_heads, head_size, self.k_cache.shape[2], num_cores(self.q.device)
         )
         return sink_decode(
             self.q,

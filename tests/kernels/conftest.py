@@ -2,7 +2,8 @@
 
 Triton decides when it decorates a kernel whether to interpret it, so the switch
 must be set before anything imports the kernels:
-``TRITON_INTERPRET=1 python -m pytest tests/kernels``.
+``TRITON_INTERPRET=1 python -m pytest tests/kernels``. On a GPU the same tests run
+compiled: ``TRITON_INTERPRET=0 python -m pytest tests/kernels``.
 
 bf16 stays out of these tests: ``tl.dot`` on bf16 gives garbage in the interpreter
 of Triton 3.9 (errors of 1e11), where fp16 and fp32 are right. bf16 is compiled in
@@ -17,12 +18,17 @@ import pytest
 import torch
 
 if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED:
+COMPILED = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
+if COMPILED:
+    torch.set_default_device("cuda")
+    # These look into the interpreter, or at the host's side alone.
+    collect_ignore = ["test_loads.py", "test_launchers.py", "test_gpu_check.py"]
+elif not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 torch.set_num_threads(1)
 
@@ -30,6 +36,8 @@ torch.set_num_threads(1)
 def pytest_report_header() -> str:
     if INTERPRETED:
         return "kernels: Triton's interpreter"
+    if COMPILED:
+        return f"kernels: compiled, on {torch.cuda.get_device_name()}"
     return (
         "kernels: SKIPPED, Triton was imported without TRITON_INTERPRET=1; run "
         "`TRITON_INTERPRET=1 python -m pytest tests/kernels` by itself"

@@ -8,7 +8,7 @@ import torch
 from batches import NAN, Batch, assert_close, make_batch
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.triton.head_table import HeadTable
-from vllm_sink_kernels.triton.launch_config import INTERPRETER_CORES, LaunchConfig
+from vllm_sink_kernels.triton.launch_config import LaunchConfig, num_cores
 from vllm_sink_kernels.triton.prefill import sink_prefill
 
 EVERYTHING = (0, 4096)  # the policy of a head that keeps all: W reaches every key
@@ -72,7 +72,7 @@ class HeadsBatch:
     ) -> torch.Tensor:
         heads = heads or self.table()
         busy_heads = sum(heads.budgets) / max(heads.budgets)
-        shape = workspace_shape(*self.q.shape[1:], busy_heads, INTERPRETER_CORES)
+        shape = workspace_shape(*self.q.shape[1:], busy_heads, num_cores(self.q.device))
         at = self.positions(), self.requests()
         space = torch.full(shape, NAN)
         return self.call(sink_decode, heads, *at, workspace=space, config=config)
