@@ -244,7 +244,7 @@ def time_decode(table: Table, policies: list[tuple[int, int, int]]) -> None:
         table.add(
             "torch sdpa, retained keys laid out densely",
             shape,
-            lambda batch=batch, k=sinks + window: sdpa(1, batch, k),
+            lambda batch=batch, k=sinks + window: graphed(sdpa(1, batch, k)),
             **bounded,
         )
         x = paged(*once, heads=HEADS, sinks=0, window=n, **LAYOUT)
@@ -294,7 +294,7 @@ def time_retrieval(table: Table) -> None:
         table.add(
             f"sink_prefill, {share} of the heads keep everything",
             f"prompt {long}, {'+'.join(map(str, RETRIEVAL_POLICY))}, {MODEL}",
-            lambda x=x, kw=kw, out=out: lambda: run_prefill(x, out, **kw),
+            lambda x=x, kw=kw, out=out: graphed(lambda: run_prefill(x, out, **kw)),
             flops=4 * pairs * group * HEAD_SIZE,
         )
         del x, out
@@ -309,7 +309,7 @@ def time_retrieval(table: Table) -> None:
     table.add(
         "vllm FA3, all keys",
         f"prompt {long}, {MODEL}",
-        lambda: flash(x, 0),
+        lambda: graphed(flash(x, 0)),
         flops=4 * attended(long, long) * HEADS[0] * HEAD_SIZE,
     )
 
@@ -328,28 +328,33 @@ def time_prefill(table: Table, prompts: list[tuple[int, int, int]]) -> None:
         table.add(
             "sink_prefill",
             shape,
-            lambda x=x, kw=kw, out=out: lambda: run_prefill(x, out, **kw),
+            lambda x=x, kw=kw, out=out: graphed(lambda: run_prefill(x, out, **kw)),
             **bounded,
         )
         for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
             table.add(
                 f"{name}, window only",
                 shape,
-                lambda peer=peer, x=x, w=window: peer(x, w),
+                lambda peer=peer, x=x, w=window: graphed(peer(x, w)),
                 **bounded,
             )
         table.add(
             "flex_attention, the policy's mask",
             shape,
-            lambda n=n, s=sinks, w=window: flex(n, s, w),
+            lambda n=n, s=sinks, w=window: graphed(flex(n, s, w)),
             **bounded,
         )
         full = {"flops": attended(n, n) * work}
         for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
             table.add(
-                f"{name}, all keys", shape, lambda peer=peer, x=x: peer(x, 0), **full
+                f"{name}, all keys",
+                shape,
+                lambda peer=peer, x=x: graphed(peer(x, 0)),
+                **full,
             )
-        table.add("torch sdpa, all keys", shape, lambda n=n: sdpa(n, 1, n), **full)
+        table.add(
+            "torch sdpa, all keys", shape, lambda n=n: graphed(sdpa(n, 1, n)), **full
+        )
         del x, out
 
 

@@ -7,7 +7,8 @@
 ``scripts/gpu_check.py`` runs it where vLLM can be imported. Prompts in chunks and
 generated tokens, both past the window, must have the log-probabilities that Hugging
 Face's model has under a dense mask of the policy (tests/helpers/dense_reference.py),
-in float32; the same model without the policy must be told apart from it.
+in float32; the same model without the policy must be told apart from it. On a GPU that
+is done twice: with the policy in every head, and with retrieval heads among them.
 """
 
 import argparse
@@ -40,8 +41,9 @@ class Outcome:
         graphs: vLLM's CUDA graph mode.
         prompt_error, reply_error: Largest differences of log-probabilities from
             the reference's; infinite for NaN.
-        without_policy: Largest difference of the reference without a window from
-            the one with it: what an ignored policy would have shown.
+        without_policy: Largest difference of the reference without a window (or, if
+            that is less, without retrieval heads) from the one with the policy: what
+            an ignored setting would have shown.
         num_tokens: Of the longest request.
     """
 
@@ -78,12 +80,19 @@ def random_prompts(lengths: list[int]) -> list[list[int]]:
 
 
 def check_engine(
-    model: str, sinks: int, window: int, lengths: list[int], max_tokens: int, **settings
+    model: str,
+    sinks: int,
+    window: int,
+    lengths: list[int],
+    max_tokens: int,
+    heads: list[list[int]] | None = None,
+    **settings,
 ) -> Outcome:
     """Serve ``model`` under (sinks, window) and compare.
 
     Args:
         lengths: Of the prompts, tokens.
+        heads: [layers][KV heads], 1 for a retrieval head.
         settings: More of ``vllm.LLM``'s; ``triton_interpreter`` belongs to the policy.
     """
     from vllm import LLM, SamplingParams
@@ -91,12 +100,15 @@ def check_engine(
 
     from tests.helpers.dense_reference import DenseReference
     from tests.helpers.engine import model_runner
+    from tests.helpers.heads_reference import HeadsReference
 
     section = {
         "num_sink_tokens": sinks,
         "window_size": window,
         "triton_interpreter": settings.pop("triton_interpreter", False),
     }
+    if heads is not None:
+        section["retrieval_heads"] = heads
     llm = LLM(
         model,
         dtype="float32",
@@ -126,7 +138,13 @@ def check_engine(
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
-    reference = DenseReference(model)
+    dense = DenseReference(model)
+    policies = [lambda tokens: dense.logprobs(tokens, sinks, len(tokens))]
+    if heads is None:
+        reference = lambda tokens: dense.logprobs(tokens, sinks, window)  # noqa: E731
+    else:
+        reference = HeadsReference(dense, heads, sinks, window).logprobs
+        policies.append(lambda tokens: dense.logprobs(tokens, sinks, window))
     outcome = Outcome(f"{kind.__module__}.{kind.__name__}", str(mode), 0, 0, 0, 0)
     for prompt, output in zip(prompts, outputs, strict=True):
         reply = output.outputs[0]
@@ -135,11 +153,10 @@ def check_engine(
         got = torch.tensor(
             [e[t].logprob for e, t in zip(entries, tokens[1:], strict=True)]
         )
-        want = reference.logprobs(tokens, sinks, window)
+        want = reference(tokens)
         error = (got - want).abs().nan_to_num(torch.inf)
         split = len(prompt) - 1
-        dense = reference.logprobs(tokens, sinks, len(tokens))
-        shown = (dense - want).abs().max().item()
+        shown = min((other(tokens) - want).abs().max().item() for other in policies)
         outcome.prompt_error = max(outcome.prompt_error, error[:split].max().item())
         outcome.reply_error = max(outcome.reply_error, error[split:].max().item())
         outcome.without_policy = max(outcome.without_policy, shown)
@@ -153,21 +170,28 @@ def main() -> int:
     args = parser.parse_args()
     from tests.helpers.random_llama import save_llama
 
+    failed = 0
     with tempfile.TemporaryDirectory() as folder:
         save_llama(folder, vocab_size=VOCABULARY)
         if args.interpret:
             policy = {"sinks": 4, "window": 20, "lengths": [61, 33], "max_tokens": 8}
             settings = {"enforce_eager": True, "triton_interpreter": True}
+            head_maps = [None]
         else:
             # Replies longer than the window: graphs replay across its edge.
             policy = {"sinks": 4, "window": 60, "lengths": [300, 33], "max_tokens": 150}
             settings = {"gpu_memory_utilization": 0.3}
-        outcome = check_engine(folder, **policy, block_size=16, **settings)
-    print(outcome)
-    for problem in outcome.problems:
-        print(f"FAILED, {problem}")
-    print(f"engine: {outcome.num_tokens} tokens, {len(outcome.problems)} failed")
-    return int(bool(outcome.problems))
+            head_maps = [None, [[1, 0], [0, 1], [0, 0]]]
+        for heads in head_maps:
+            outcome = check_engine(
+                folder, **policy, heads=heads, block_size=16, **settings
+            )
+            print(outcome)
+            for problem in outcome.problems:
+                print(f"FAILED, {problem}")
+            failed += len(outcome.problems)
+    print(f"engine: {outcome.num_tokens} tokens, {failed} failed")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

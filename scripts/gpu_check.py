@@ -16,7 +16,6 @@ engine is checked, too: see ``engine_check.py``.
 """
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import multiprocessing
@@ -32,7 +31,6 @@ if "--interpret" in sys.argv:  # before Triton is imported
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 from vllm_sink_kernels import reference  # noqa: E402
 from vllm_sink_kernels.triton.cache_write import write_kv_cache  # noqa: E402
 
@@ -44,6 +42,7 @@ from benchmarks.gpu_batches import (  # noqa: E402
     rope_table,
 )
 from benchmarks.gpu_kernels import run_decode, run_prefill, time_kernels  # noqa: E402
+from benchmarks.machine import write_gpu_rows  # noqa: E402
 
 PARTS = ("correctness", "engine", "times")
 FP8 = torch.float8_e4m3fn
@@ -215,27 +214,6 @@ def engine():
     return subprocess.run(command + ["--interpret"] * INTERPRET).returncode
 
 
-def output_of(*command):
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
-    except OSError:
-        return ""
-
-
-def machine():
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    vllm = importlib.util.find_spec("vllm") and importlib.import_module("vllm")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": torch.version.hip or output_of(*query),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": getattr(vllm, "__version__", ""),
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interpret", action="store_true", help="run without a GPU")
@@ -257,16 +235,7 @@ def main():
         failed += engine()
     if failed or INTERPRET or "times" not in args.part:
         return int(failed > 0)
-    here = machine()
-    rows = [row | here for row in time_kernels(args.quick)]
-    slug = "-".join(here["gpu"].lower().split())
-    path = args.out or ROOT / f"benchmarks/results/gpu_check_{slug}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows in {path}")
+    write_gpu_rows(time_kernels(args.quick), "gpu_check", args.out)
     return 0
 
 

@@ -202,9 +202,15 @@ def test_the_workers_have_the_drivers_policy_and_real_cpus(tp2):
 def test_a_killed_worker_ends_requests_with_an_error(tp2, prompt):
     """The last of this engine: it doesn't come back by itself."""
     executor = tp2.llm_engine.engine_core.engine_core.model_executor
+    names = [queue.buffer.shared_memory.name for queue in executor.response_mqs]
+    segments = [Path("/dev/shm", name) for name in names]
+    assert len(segments) == 2 and all(map(Path.exists, segments))
     start = time.monotonic()
     ray.kill(executor.ray_worker_handles[1].actor)
     with pytest.raises(RuntimeError, match=r"cancelled|Executor failed"):
         prompt_logprobs(tp2, [prompt])
     assert executor.is_failed
     assert time.monotonic() - start < 120
+    while any(map(Path.exists, segments)):  # vLLM's thread shuts the executor down
+        assert time.monotonic() - start < 150
+        time.sleep(0.2)

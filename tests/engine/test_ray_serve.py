@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,26 @@ def test_a_dead_replica_gives_an_error_event_once_the_stream_runs(
         assert "send the request again" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ("some text", "some text"),
+        (["some ", "text"], "some text"),
+        ([11, 2, 345], "11 2 345 "),
+        ([[11, 2], [3]], "11 2 3 "),
+        ([], " "),
+        (None, " "),
+    ],
+)
+def test_the_router_reads_a_text_in_every_prompt(prompt, text):
+    """Ray's divides by its length, and asks for it again without end."""
+    from vllm_sink.engine.ray_serve import SinkRouter
+
+    router = SinkRouter.__new__(SinkRouter)
+    request = SimpleNamespace(args=[SimpleNamespace(prompt=prompt)])
+    assert router._extract_text_from_request(request) == text
+
+
 def chat(url: str) -> str:
     reply = post(
         url, "/chat/completions", messages=[QUESTION], max_tokens=24, temperature=0
@@ -149,6 +170,16 @@ def test_completions_with_logprobs(url):
     assert len(scores["tokens"]) == len(scores["token_logprobs"]) == 4
     assert all(score <= 0 for score in scores["token_logprobs"])
     assert all(len(top) >= 2 for top in scores["top_logprobs"])
+
+
+def test_a_prompt_of_token_ids(url):
+    texts = [
+        json.load(post(url, "/completions", prompt=prompt, max_tokens=4, temperature=0))
+        for prompt in ("The capital of France is", [504, 3575, 282, 4649, 314])
+    ]
+    by_text, by_ids = (reply["choices"][0]["text"] for reply in texts)
+    assert "Paris" in by_text
+    assert by_ids == by_text
 
 
 def test_streaming(url):

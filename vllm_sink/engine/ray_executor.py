@@ -9,6 +9,7 @@ CPU, and needs nothing more.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
@@ -62,6 +63,20 @@ class CpuRayExecutor(RayExecutorV2):
             raise RuntimeError(
                 "Executor failed: a Ray worker died; start it again"
             ) from error
+
+    def shutdown(self) -> None:
+        """vLLM's; and the workers' response queues are deleted.
+
+        vLLM kills its Ray workers, whose queues these are: the segments, 240 MiB a
+        worker where they were filled, would stay in /dev/shm for good.
+        """
+        queues = list(getattr(self, "response_mqs", []))
+        super().shutdown()
+        for queue in queues:
+            buffer = getattr(queue, "buffer", None)  # of a worker on this machine
+            if buffer is not None:
+                name = buffer.shared_memory.name
+                Path("/dev/shm", name).unlink(missing_ok=True)
 
     def _build_runtime_env(self) -> dict:
         runtime_env = super()._build_runtime_env()

@@ -1,8 +1,10 @@
-"""Ray Serve LLM's ingress, with an error event where a stream is cut.
+"""What Ray Serve LLM lacks; scripts/serve_ray.yaml chooses it.
 
 Ray Serve 2.60 ends the HTTP response of a stream whose replica died as if it
-were complete; only ``[DONE]`` is missing, which most clients don't look for.
-Chosen by ``ingress_cls_config`` in scripts/serve_ray.yaml.
+were complete; only ``[DONE]`` is missing, which most clients don't look for
+(``ingress_cls_config``). Its router by prefix divides by the length of the text that
+it reads in a prompt: a prompt of token ids has none, the router fails, Serve asks it
+again without end, and the client waits (``request_router_config``).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.llm.ingress import OpenAiIngress
+from ray.serve.llm.request_router import PrefixCacheAffinityRouter
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
 
@@ -35,3 +38,20 @@ class SinkIngress(OpenAiIngress):
                     )
                 )
             raise  # before the first event: an HTTP error; after it: no [DONE]
+
+
+class SinkRouter(PrefixCacheAffinityRouter):
+    """Ray Serve LLM's router by prefix, for token ids, too."""
+
+    def _extract_text_from_request(self, pending_request: Any) -> str:
+        """Any text but an empty one; requests without a prompt share one."""
+        try:
+            return super()._extract_text_from_request(pending_request) or " "
+        except ValueError:  # neither messages nor a prompt: embeddings of one, say
+            return " "
+
+    def _coerce_to_text(self, value: Any) -> str:
+        """Equal ids at the front are an equal prefix."""
+        if isinstance(value, int):
+            return f"{value} "
+        return super()._coerce_to_text(value)

@@ -96,7 +96,8 @@ def sink_prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    i_tile = tl.program_id(0)
+    # Later tiles of a prompt see more keys: started first, they do not end last.
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1)
     i_r, i_start = find_request(
         query_start_ptr, first_request, num_requests, first_token, i_tile, TILE_Q
