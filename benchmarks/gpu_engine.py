@@ -4,29 +4,30 @@
 
 The model has the shape of Llama-3.1-8B and random weights, which are made on the GPU:
 nothing is downloaded. Each variant is served by a process of its own, one after
-another, with the same flags but for the attention backend. A batch of prompts is
-prefilled; a step is what each further token of all of them takes, prompts served from
-the prefix cache: (time of ``--steps`` + 1 tokens - time of 1) / ``--steps``, the median
-of ``--repeats``. The pool's figure is vLLM's own: how many requests of ``--max-len``
-tokens fit at once. Without torch.compile, with CUDA graphs of decode.
+another (forked once vLLM is imported), with the same flags but for the backend. A
+batch of prompts is prefilled; a step is what each further token of all of them takes,
+prompts served from the prefix cache: (time of ``--steps`` + 1 tokens - time of 1) /
+``--steps``, the median of ``--repeats``. The pool's figure is vLLM's own: how many
+requests of ``--max-len`` tokens fit at once. Without torch.compile, with CUDA graphs
+of decode.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_gpu_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYERS, KV_HEADS = 32, 8
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -136,28 +137,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, default=131072)
     parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=[*VARIANTS])
     parser.add_argument("--out", type=Path, help="the CSV's path")
-    parser.add_argument("--in-process", metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def serve(variant: str, folder: str, args: argparse.Namespace, results: Queue) -> None:
+    results.put(measure(variant, folder, args))
 
 
 def main() -> int:
     args = parse()
-    if args.in_process:
-        print(json.dumps(measure(args.variant[0], args.in_process, args)))
-        return 0
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to look inside
+    import vllm.entrypoints.llm  # noqa: F401  does not touch the GPU: forks may
+
+    context = multiprocessing.get_context("fork")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
-        same = ["requests", "tokens", "steps", "repeats", "max_len"]
-        flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]
         for variant in args.variant:
-            command = [sys.executable, "-m", "benchmarks.gpu_engine", *flags]
-            command += ["--variant", variant, "--in-process", folder]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            if done.returncode:
-                print(f"{variant}: exit {done.returncode}", file=sys.stderr)
+            results: Queue = context.Queue()
+            process = context.Process(
+                target=serve, args=(variant, folder, args, results)
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
+                print(f"{variant}: exit {process.exitcode}", file=sys.stderr)
                 continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(results.get())
             print(rows[-1], flush=True)
     if not rows:
         return 1
@@ -166,5 +172,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to look inside
     sys.exit(main())
