@@ -51,7 +51,7 @@ def second_server(lives: Lives) -> Seen:
         folder.write_text("no folder")
         yield "metrics folder is a file", _serves_and_scrapes(lives, server)
         folder.unlink()
-        sight = lives.load_until_error(server.url, server.process.terminate)
+        sight = lives.load_until_told(server.url, server.process.terminate)
         end = lives.check_end(server)
         yield "SIGTERM with requests in flight", f"{sight}, {end}"
 

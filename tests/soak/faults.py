@@ -178,6 +178,39 @@ class Lives:
             raise SoakFailure(f"a client waited {took:.1f} s for its error")
         return f"{len(waits)} clients had an error within {took:.1f} s"
 
+    def load_until_told(self, url: str, fault: Callable[[], object]) -> str:
+        """Load a server that is told to end; each client has its answer or an error.
+
+        None asks anew after that. vLLM 0.32 takes requests until its engine core has
+        ended, never answers those of the last moments, and waits for their clients.
+        """
+        when = [0.0]
+        tally: Counter = Counter()
+
+        async def happen() -> None:
+            await asyncio.sleep(4)
+            when[0] = time.monotonic()
+            await asyncio.to_thread(fault)
+
+        async def clients() -> list[float]:
+            self.seed += 1
+            loads = [
+                _errors(url, self.good, 100 * self.seed + i, lambda: when[0] > 0, tally)
+                for i in range(CLIENTS)
+            ]
+            _, *errors = await asyncio.gather(happen(), *loads)
+            return [at for times in errors for at in times]
+
+        errors = asyncio.run(clients())
+        took = time.monotonic() - when[0]
+        if errors and min(errors) < when[0]:
+            raise SoakFailure("an error before the fault")
+        if took > MAX_ERROR_S:
+            raise SoakFailure(f"a client waited {took:.1f} s")
+        self.answers += tally
+        answered = CLIENTS - len(errors)
+        return f"{answered} of {CLIENTS} clients had their answer within {took:.1f} s"
+
     def load_around(self, url: str, seconds: float, fault: Callable[[], object]) -> str:
         """Load a server part of which fails; errors only for some moments after it."""
         when = [0.0]

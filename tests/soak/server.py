@@ -114,9 +114,16 @@ class Server:
                 self.process.wait()
 
     def left_behind(self, patience_s: float = 10) -> list[str]:
-        """What is still there after it ended: children, files, shared memory."""
+        """What is still there after it ended: children, files, shared memory.
+
+        A child that has ended and whose parent has not asked for its status is not
+        there: whose parent died waits for the machine's first process.
+        """
         _, alive = psutil.wait_procs(self.children, timeout=patience_s)
-        left = [" ".join(child.cmdline())[:80] for child in alive]
+        left = []
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):  # zombies, too
+                left.append(" ".join(child.cmdline())[:80])
         files = [*self.tmp.iterdir(), *filter(Path.exists, self.segments)]
         return left + sorted(str(file) for file in files)
 
