@@ -13,7 +13,7 @@ def model(tmp_path_factory) -> str:
     return save_llama(folder, **(SMALL | {"vocab_size": VOCABULARY}))
 
 
-def check(model):
+def check(model, **settings):
     return check_engine(
         model,
         SINKS,
@@ -23,6 +23,7 @@ def check(model):
         block_size=BLOCK,
         enforce_eager=True,
         triton_interpreter=True,
+        **settings,
     )
 
 
@@ -31,6 +32,12 @@ def test_it_passes(model):
     assert outcome.runner == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
     assert outcome.problems == []
     assert outcome.num_tokens == 94
+
+
+def test_it_passes_with_retrieval_heads(tmp_path):
+    two_heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = save_llama(tmp_path, **(SMALL | two_heads | {"vocab_size": VOCABULARY}))
+    assert check(model, heads=[[1, 0], [0, 0]]).problems == []
 
 
 def test_it_sees_lost_sinks(model, monkeypatch):
