@@ -41,12 +41,24 @@ class CpuRayExecutor(RayExecutorV2):
         is_data_parallel = group is not None and group.bundle_count > world_size
         if not is_data_parallel or _BUNDLES in os.environ:
             super()._init_executor()
-            return
-        os.environ[_BUNDLES] = ",".join(map(str, range(world_size)))
-        try:
-            super()._init_executor()
-        finally:
-            del os.environ[_BUNDLES]
+        else:
+            os.environ[_BUNDLES] = ",".join(map(str, range(world_size)))
+            try:
+                super()._init_executor()
+            finally:
+                del os.environ[_BUNDLES]
+        self._delete_queue_names()
+
+    def _delete_queue_names(self) -> None:
+        """The workers' response queues live on without a name in /dev/shm.
+
+        Both ends have mapped them by now. vLLM ends its Ray workers by killing them,
+        and those alone would delete their queues: up to 240 MiB each would stay.
+        """
+        for queue in self.response_mqs:
+            if queue.buffer is not None:  # of a worker on this machine
+                name = queue.buffer.shared_memory.name
+                Path("/dev/shm", name).unlink(missing_ok=True)
 
     def collective_rpc(self, *args, **kwargs) -> Any:
         """vLLM's; with a clear error once a worker has died.
@@ -63,20 +75,6 @@ class CpuRayExecutor(RayExecutorV2):
             raise RuntimeError(
                 "Executor failed: a Ray worker died; start it again"
             ) from error
-
-    def shutdown(self) -> None:
-        """vLLM's; and the workers' response queues are deleted.
-
-        vLLM kills its Ray workers, whose queues these are: the segments, 240 MiB a
-        worker where they were filled, would stay in /dev/shm for good.
-        """
-        queues = list(getattr(self, "response_mqs", []))
-        super().shutdown()
-        for queue in queues:
-            buffer = getattr(queue, "buffer", None)  # of a worker on this machine
-            if buffer is not None:
-                name = buffer.shared_memory.name
-                Path("/dev/shm", name).unlink(missing_ok=True)
 
     def _build_runtime_env(self) -> dict:
         runtime_env = super()._build_runtime_env()
