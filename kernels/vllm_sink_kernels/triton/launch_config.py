@@ -98,7 +98,11 @@ PREFILL: dict[str, list[Row]] = {
         Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
     ],
     "sm_90": [
-        Row(64, ANY, ANY, LaunchConfig(128, 64, 4, 3)),
+        Row(64, ANY, ANY, LaunchConfig(128, 32, 8, 4)),
+        Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
+    ],
+    "sm_100": [
         Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
         Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
     ],
@@ -109,7 +113,6 @@ PREFILL: dict[str, list[Row]] = {
     ],
     "interpreter": [Row(256, ANY, ANY, LaunchConfig(32, 32, 1, 1))],
 }
-PREFILL["sm_100"] = PREFILL["sm_90"]
 
 # fp32 has no matrix instruction of its full precision on CUDA: small tiles, many
 # threads. At head size 256 the 64 KiB of gfx942 hold one tile ahead, not two.
