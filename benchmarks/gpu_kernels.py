@@ -159,6 +159,9 @@ def flex(n: int, sinks: int, window: int) -> Callable[[], object]:
     return lambda: compiled(q, kv[0], kv[1], block_mask=blocks, enable_gqa=True)
 
 
+PEERS = {"vllm unified_attention": unified, "vllm FA3": flash}
+
+
 class Table:
     """Rows of times; ``gbps`` counts each retained K and V once."""
 
@@ -195,6 +198,23 @@ class Table:
         self.rows.append(row)
         print(*row.values(), sep="  ", flush=True)
 
+    def add_peers(self, shape: str, x: Paged, window: int, **work: int) -> None:
+        """vLLM's kernels on the cache of ``x`` with a window (0: all keys)."""
+        keys = "window only" if window else "all keys"
+        for name, peer in PEERS.items():
+            self.add(
+                f"{name}, {keys}",
+                shape,
+                lambda peer=peer: graphed(peer(x, window)),
+                **work,
+            )
+
+
+def settings(num_positions: int) -> dict[str, Any]:
+    """What the launchers want beside the tensors."""
+    table = rope_table(num_positions, HEAD_SIZE, DTYPE)
+    return {"scale": HEAD_SIZE**-0.5, "cos_sin_cache": table}
+
 
 def decode_call(x: Paged, busy_heads: float, **kw: Any) -> Callable[[], object]:
     """One step of decode with its workspace, as a graph."""
@@ -217,10 +237,7 @@ def time_decode(table: Table, policies: list[tuple[int, int, int]]) -> None:
         n = 4 * (sinks + window)
         once = [n] * batch, [1] * batch
         x = paged(*once, heads=HEADS, sinks=sinks, window=window, **LAYOUT)
-        kw = {
-            "scale": HEAD_SIZE**-0.5,
-            "cos_sin_cache": rope_table(n, HEAD_SIZE, DTYPE),
-        }
+        kw = settings(n)
         shape = f"decode, batch {batch}, {n} tokens, {sinks}+{window}, {MODEL}"
         token = 2 * batch * HEADS[1] * HEAD_SIZE * DTYPE.itemsize
         bounded = {"num_bytes": (sinks + window) * token}
@@ -234,13 +251,7 @@ def time_decode(table: Table, policies: list[tuple[int, int, int]]) -> None:
 
         table.add("sink_decode", shape, ours, **bounded)
         table.add("sink_decode, window only", shape, window_only, **bounded)
-        for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
-            table.add(
-                f"{name}, window only",
-                shape,
-                lambda peer=peer, x=x, w=window: graphed(peer(x, w)),
-                **bounded,
-            )
+        table.add_peers(shape, x, window, **bounded)
         table.add(
             "torch sdpa, retained keys laid out densely",
             shape,
@@ -248,13 +259,7 @@ def time_decode(table: Table, policies: list[tuple[int, int, int]]) -> None:
             **bounded,
         )
         x = paged(*once, heads=HEADS, sinks=0, window=n, **LAYOUT)
-        for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
-            table.add(
-                f"{name}, all keys",
-                shape,
-                lambda peer=peer, x=x: graphed(peer(x, 0)),
-                num_bytes=n * token,
-            )
+        table.add_peers(shape, x, 0, num_bytes=n * token)
         del x
 
 
@@ -274,10 +279,7 @@ def time_retrieval(table: Table) -> None:
         policies = retrieval_policies(count, n)
         kept = sum(min(n, s + w) for s, w in policies)
         x, _ = paged_heads([n] * batch, [1] * batch, policies, group=group, **LAYOUT)
-        kw = {
-            "scale": HEAD_SIZE**-0.5,
-            "cos_sin_cache": rope_table(n, HEAD_SIZE, DTYPE),
-        }
+        kw = settings(n)
         table.add(
             f"sink_decode, {share} of the heads keep everything",
             f"decode, batch {batch}, {n} tokens, "
@@ -289,7 +291,7 @@ def time_retrieval(table: Table) -> None:
         policies = retrieval_policies(count, long)
         pairs = sum(attended(long, s + w) for s, w in policies)
         x, _ = paged_heads([long], [long], policies, group=group, **LAYOUT)
-        kw["cos_sin_cache"] = rope_table(long, HEAD_SIZE, DTYPE)
+        kw = settings(long)
         out = torch.empty_like(x.q)
         table.add(
             f"sink_prefill, {share} of the heads keep everything",
@@ -317,10 +319,7 @@ def time_retrieval(table: Table) -> None:
 def time_prefill(table: Table, prompts: list[tuple[int, int, int]]) -> None:
     for n, sinks, window in prompts:
         x = paged([n], [n], heads=HEADS, sinks=sinks, window=window, **LAYOUT)
-        kw = {
-            "scale": HEAD_SIZE**-0.5,
-            "cos_sin_cache": rope_table(n, HEAD_SIZE, DTYPE),
-        }
+        kw = settings(n)
         out = torch.empty_like(x.q)
         shape = f"prompt {n}, {sinks}+{window}, {MODEL}"
         work = 4 * HEADS[0] * HEAD_SIZE
@@ -331,13 +330,7 @@ def time_prefill(table: Table, prompts: list[tuple[int, int, int]]) -> None:
             lambda x=x, kw=kw, out=out: graphed(lambda: run_prefill(x, out, **kw)),
             **bounded,
         )
-        for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
-            table.add(
-                f"{name}, window only",
-                shape,
-                lambda peer=peer, x=x, w=window: graphed(peer(x, w)),
-                **bounded,
-            )
+        table.add_peers(shape, x, window, **bounded)
         table.add(
             "flex_attention, the policy's mask",
             shape,
@@ -345,13 +338,7 @@ def time_prefill(table: Table, prompts: list[tuple[int, int, int]]) -> None:
             **bounded,
         )
         full = {"flops": attended(n, n) * work}
-        for name, peer in (("vllm unified_attention", unified), ("vllm FA3", flash)):
-            table.add(
-                f"{name}, all keys",
-                shape,
-                lambda peer=peer, x=x: graphed(peer(x, 0)),
-                **full,
-            )
+        table.add_peers(shape, x, 0, **full)
         table.add(
             "torch sdpa, all keys", shape, lambda n=n: graphed(sdpa(n, 1, n)), **full
         )

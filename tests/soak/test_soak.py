@@ -2,17 +2,21 @@
 
 import asyncio
 import random
+import subprocess
+import time
 from collections import Counter
 from types import SimpleNamespace
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.soak import clients, faults
 from tests.soak.clients import TIE, Aborted, SoakFailure, check_refusal, same, stream
 from tests.soak.deck import Card, Deck
 from tests.soak.faults import Lives
+from tests.soak.server import Server
 
 
 @pytest.fixture
@@ -111,3 +115,20 @@ def test_a_life_that_fails_is_told_and_the_next_one_is_led(tmp_path, capsys):
     assert lives.failures == ["failing: SoakFailure: left behind: 1 process"]
     assert set(lives.seen) == {"first", "second"}
     assert "| second | 1 | seen |" in lives.table()
+
+
+def test_what_has_ended_is_not_left_behind(tmp_path):
+    """A child whose status nobody has asked for is a zombie; a sleeping one is not."""
+    server = Server.__new__(Server)
+    server.tmp, server.segments = tmp_path, set()
+    commands = ["true"], ["sleep", "60"]
+    ended, sleeping = (subprocess.Popen(command) for command in commands)
+    try:
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        server.children = [psutil.Process(p.pid) for p in (ended, sleeping)]
+        assert server.left_behind(patience_s=0) == ["sleep 60"]
+    finally:
+        sleeping.kill()
+        ended.wait()
+        sleeping.wait()
