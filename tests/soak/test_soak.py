@@ -118,17 +118,19 @@ def test_a_life_that_fails_is_told_and_the_next_one_is_led(tmp_path, capsys):
 
 
 def test_what_has_ended_is_not_left_behind(tmp_path):
-    """A child whose status nobody has asked for is a zombie; a sleeping one is not."""
+    """A child whose parent has not asked for its status is a zombie."""
     server = Server.__new__(Server)
     server.tmp, server.segments = tmp_path, set()
-    commands = ["true"], ["sleep", "60"]
-    ended, sleeping = (subprocess.Popen(command) for command in commands)
+    parent = subprocess.Popen(["sh", "-c", "true & exec sleep 60"])
     try:
-        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        sleeping = psutil.Process(parent.pid)
+        while sleeping.name() != "sleep" or not sleeping.children():
             time.sleep(0.01)
-        server.children = [psutil.Process(p.pid) for p in (ended, sleeping)]
+        (ended,) = sleeping.children()
+        while ended.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        server.children = [sleeping, ended]
         assert server.left_behind(patience_s=0) == ["sleep 60"]
     finally:
-        sleeping.kill()
-        ended.wait()
-        sleeping.wait()
+        parent.kill()
+        parent.wait()
