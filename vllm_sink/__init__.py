@@ -26,6 +26,7 @@ def register() -> None:
     compat.register_kv_cache_spec()
     compat.register_variable(metrics.FOLDER_VARIABLE)
     start.watch_models()
+    start.watch_groups()
     rotation_probe.record_parents()
     metrics.register_collector()
 

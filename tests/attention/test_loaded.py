@@ -66,7 +66,7 @@ def test_what_obeys():
         ),
         ([Layer(FULL), Layer(CHUNKED)], "chunked-local .* got layers.1; drop"),
         ([Layer(OTHER_VALUES)], "got 32 and 64 in layers.0; drop"),
-        ([Layer(WINDOW)], r"must have a layer .*another kind \(SlidingWindowSpec\)"),
+        ([Layer(WINDOW)], r"must have a layer .*another kind \(OwnWindowSpec\)"),
         ([], "must have a layer with full attention for --attention-backend sink"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_stage_of_a_pipeline_may_have_windows_alone():
 def test_draft_model_needs_one_group_on_v1():
     asked = {"speculative_config": drafter("draft_model")}
     refuse(Layer(FULL), Layer(OTHER_HEADS), **asked)
-    message = "'draft_model' on model runner V1 .* got SinkSpec, SlidingWindowSpec; ch"
+    message = "'draft_model' on model runner V1 .* got OwnWindowSpec, SinkSpec; ch"
     with pytest.raises(ValueError, match=message):
         refuse(Layer(FULL), Layer(WINDOW), **asked)
     refuse(Layer(FULL), Layer(WINDOW), **asked, use_v2_model_runner=True)

@@ -36,7 +36,11 @@ def test_merged_specs_count_their_layers():
 def test_one_group_has_one_policy():
     same = {"a": SPEC, "b": replace(SPEC, num_layers=2)}
     assert SPEC.is_uniform_with_collection(same)
-    for change in ({"num_sink_tokens": 5}, {"sliding_window": 21}):
+    for change in (
+        {"num_sink_tokens": 5},
+        {"sliding_window": 21},
+        {"is_retrieval": True},
+    ):
         assert not SPEC.is_uniform_with_collection(
             same | {"c": replace(SPEC, **change)}
         )

@@ -143,8 +143,8 @@ def test_draft_model_for_a_hybrid_is_refused_on_v1(folders, tmp_path):
     Gemma3ForCausalLM(config).save_pretrained(tmp_path)
     speculative = {"method": "draft_model", "model": folders["target"]}
     message = (
-        "method must not be 'draft_model' on model runner V1 .* got SinkSpec, "
-        "SlidingWindowSpec; choose ngram or eagle"
+        "method must not be 'draft_model' on model runner V1 .* got "
+        "OwnWindowSpec, SinkSpec; choose ngram or eagle"
     )
     with (
         pytest.raises(ValueError, match=message),

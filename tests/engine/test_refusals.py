@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from vllm import envs
+from vllm import envs, platforms
 from vllm.platforms import current_platform
 
 import vllm_sink
@@ -60,7 +60,49 @@ def test_every_check_has_a_case():
         if list(check(stub_config(**case.changes), SinkConfig()))
     }
     unseen = {check.__name__ for check in set(CHECKS) - seen}
-    assert unseen <= {"_interpreter", "_retrieval_heads"}  # tests of their own rooms
+    own = {"_interpreter", "_retrieval_heads", "_platform"}  # have tests of their own
+    assert unseen <= own
+
+
+def test_a_platform_that_ignores_the_flag(monkeypatch):
+    """vLLM asks for no platform plugin where this variable names the CPU."""
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    monkeypatch.setattr(envs, "VLLM_TARGET_DEVICE", "cpu", raising=False)
+    monkeypatch.setattr(platforms, "_current_platform", None)
+    (refusal,) = find_refusals(stub_config())
+    assert str(refusal) == (
+        "VLLM_TARGET_DEVICE must leave the choice of the CPU platform to vLLM's "
+        "plugins with --attention-backend sink, which vLLM's own ignores, got 'cpu'; "
+        "unset it: a vLLM that is built for CPUs needs none"
+    )
+    monkeypatch.delenv("VLLM_TARGET_DEVICE")  # another reason for the same class
+    (refusal,) = find_refusals(stub_config())
+    assert str(refusal).startswith("platform must leave") and "CpuPlatform" in str(
+        refusal
+    )
+
+
+def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
+    """What retrieval heads can't be combined with is then no obstacle either."""
+    mixed = {"num_sink_tokens": 4, "retrieval_heads": [[1, 0], [0, 0]]}
+    text = SimpleNamespace(num_attention_heads=4)
+    for windows in ((4092, 4092), (4092, 16384), (16384, 4092)):
+        section = mixed | dict(
+            zip(("window_size", "retrieval_window_size"), windows, strict=True)
+        )
+        changes = {
+            "additional_config": {"sink": section},
+            "parallel_config__pipeline_parallel_size": 2,
+            "cache_config__kv_sharing_fast_prefill": False,
+            "model_config__hf_text_config": text,
+            "model_config__get_total_num_hidden_layers": lambda: 2,
+            "model_config__get_total_num_kv_heads": lambda: 2,
+            "model_config__get_sliding_window": lambda: None,
+        }
+        config = validate_engine(stub_config(**changes, model_config__max_model_len=64))
+        assert config == SinkConfig(4, 64)
+    with pytest.raises(ValueError, match="pipeline_parallel_size must be 1"):
+        validate_engine(stub_config(**changes, model_config__max_model_len=8192))
 
 
 def test_all_refusals_are_found_at_once():
@@ -75,7 +117,7 @@ def test_all_refusals_are_found_at_once():
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
         ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
         ({"use_mla": True}, "left out for MLA"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be .* on a CPU, got fp8; pass"),
         ({"block_size": 24}, "block_size 24"),
         ({"use_non_causal": True}, "non-causal"),
     ],

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import torch
 
-from tests.helpers.engine import model_runner, sink_engine
+from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.helpers.random_llama import save_llama
 
 TRAINED, ASKED = 128, 1000
@@ -78,7 +78,11 @@ def start(model, **settings):
 def as_settings(message: str) -> dict:
     """The flags of a message's "pass …", read as a shell reads them."""
     words = shlex.split(re.search(r"; pass (--.*)", message).group(1))
-    flags = {"--hf-overrides": json.loads, "--max-model-len": int}
+    flags = {
+        "--hf-overrides": json.loads,
+        "--max-model-len": int,
+        "--kv-cache-dtype": str,
+    }
     return {
         words[0].removeprefix("--").replace("-", "_"): flags[words[0]](words[1]),
     }
@@ -151,6 +155,31 @@ def test_a_drafters_table_is_lengthened(kind, tmp_path):
         assert layers
         for layer in layers.values():
             assert len(layer.impl.rotation.cos_sin_cache) >= ASKED
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_that_orders_an_fp8_cache(dtype, tmp_path):
+    """The user gave no flag that could be dropped."""
+    model = save_llama(tmp_path, **TINY, max_position_embeddings=ASKED)
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    order = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "format": "dense",
+        "kv_cache_scheme": scheme | {"symmetric": True},
+    }
+    config = tmp_path / "config.json"
+    text = json.loads(config.read_text()) | {"quantization_config": order}
+    config.write_text(json.dumps(text))
+    message = (
+        "--kv-cache-dtype must be .* on a CPU, got fp8, which the checkpoint asks for; "
+        "pass --kv-cache-dtype bfloat16"
+    )
+    with pytest.raises(ValueError, match=message) as e, start(model, dtype=dtype):
+        pass
+    with start(model, dtype=dtype, **as_settings(str(e.value))) as llm:
+        (logprobs,) = prompt_logprobs(llm, [list(range(3, 60))])
+    assert logprobs.isfinite().all()
 
 
 def test_no_override_keeps_a_dynamic_rotation():

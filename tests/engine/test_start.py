@@ -4,6 +4,8 @@ On the CPU our platform class refuses in the process that reads the command. On
 CUDA and ROCm it isn't there: ``as_on_cuda`` takes its part away.
 """
 
+import json
+
 import pytest
 
 from tests.helpers.engine import core, model_runner, sink_engine
@@ -22,6 +24,18 @@ FORGOTTEN = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), **TINY)
+
+
+def save_big_code(folder, **facts) -> str:
+    """A GPT-BigCode, which has one KV head, with ``facts`` in its config.json."""
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    small = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
+    config = GPTBigCodeConfig(**small, vocab_size=512, bos_token_id=1, eos_token_id=2)
+    GPTBigCodeForCausalLM(config).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    return str(folder)
 
 
 def refused(message, model, **settings):
@@ -107,6 +121,26 @@ def test_only_layers_with_own_windows_selected(tmp_path):
     )
 
 
+def test_a_wrong_number_of_heads(tmp_path):
+    """In `absolute`, too, where no rotation is measured: the answer would be NaN."""
+    refused(
+        r"num_key_value_heads must be the model's .* got 4 and 4 on a worker for "
+        r"model\.h\.0\.attn\.attn, where 4 tokens have 4 rows of queries and 1 of keys",
+        save_big_code(tmp_path, num_key_value_heads=4),
+        attention_backend="sink",
+        additional_config={"sink": SECTION["sink"] | {"sink_positions": "absolute"}},
+    )
+
+
+def test_a_vllm_whose_groups_nobody_can_see(model, monkeypatch):
+    monkeypatch.setattr(start.compat, "watch_engine_core", lambda check: False)
+    refused(
+        r"vllm must be 0\.32 or 0\.33 with .* whose KV cache groups can't be checked",
+        model,
+        attention_backend="sink",
+    )
+
+
 @pytest.mark.usefixtures("importable_multimodal_models")
 def test_images_seen_both_ways(tmp_path):
     """Gemma 3 of 4B and more; vLLM's own selector has another message on CUDA."""
@@ -147,7 +181,7 @@ def test_images_seen_both_ways(tmp_path):
     ) as llm:
         groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
         kinds = {type(group.kv_cache_spec).__name__ for group in groups}
-        assert kinds == {"SinkSpec", "SlidingWindowSpec"}
+        assert kinds == {"SinkSpec", "OwnWindowSpec"}
 
 
 def test_numbers_beyond_32_bits_are_full_attention(model):

@@ -82,6 +82,13 @@ _MIXED = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
 
 CASES = [
     Case(
+        "a section by another name",
+        "additional_config.sink_config",
+        {"additional_config": {"sink_config": {"window_size": 60}, "other": {}}},
+        "additional_config.sink_config must be the section 'sink' .* got 'sink_config' "
+        "with value {'window_size': 60}; rename it to 'sink'",
+    ),
+    Case(
         "decode context parallel",
         "decode_context_parallel_size",
         {"parallel_config__decode_context_parallel_size": 2},

@@ -174,6 +174,26 @@ def test_the_smallest_and_the_largest_values_are_taken():
         assert retrieval(chosen) == [[fraction] * 2] * 3
 
 
+@pytest.mark.parametrize(
+    "window, own, length, is_one",
+    [
+        (4092, 4092, 65536, True),
+        (4092, 16384, 2048, True),
+        (16384, 4092, 2048, True),
+        (4092, 16384, 4093, False),
+        (4092, 4091, 65536, False),
+        (4092, None, 2048, False),  # two kinds of specs, though both keep everything
+    ],
+)
+def test_equal_policies_are_one(window, own, length, is_one):
+    config = SinkConfig(
+        4, window, retrieval_heads=[[1, 0]], retrieval_window_size=own
+    ).clipped(length)
+    assert (config.head_map is None) == is_one
+    if is_one:
+        assert config == SinkConfig(4, min(window, length))
+
+
 def test_a_window_of_their_own_keeps_the_sinks_and_is_clipped():
     config = SinkConfig(4, 252, retrieval_layers=[0], retrieval_window_size=4092)
     assert config.retrieval_policy == RetentionPolicy(4, 4092)

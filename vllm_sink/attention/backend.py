@@ -17,7 +17,12 @@ from vllm.v1.attention.backend import (
     AttentionType,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    SlidingWindowSpec,
+)
 
 from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import (
@@ -28,7 +33,7 @@ from vllm_sink.attention.base import (
 )
 from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache import heads
-from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
+from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
 
 
 def serves_in_triton() -> bool:
@@ -138,13 +143,15 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention becomes the sink policy; other windows stay as they are.
+        """Full attention becomes the sink policy; other windows stay what they are.
 
         vLLM asks once the model is loaded, so this is where it is measured.
         """
         measure_loaded_model()
         if type(spec) is FullAttentionSpec and spec.sliding_window is None:
             return SinkSpec.from_full(spec, engine_config())
+        if type(spec) is SlidingWindowSpec:
+            return OwnWindowSpec.from_window(spec)
         return spec
 
     @classmethod
@@ -160,9 +167,6 @@ class SinkBackend(AttentionBackend):
             f"attention of type {selector.attn_type}": not cls.supports_attn_type(
                 selector.attn_type
             ),
-            f"kv_cache_dtype {selector.kv_cache_dtype}": (
-                not cls.supports_kv_cache_dtype(selector.kv_cache_dtype)
-            ),
             f"block_size {selector.block_size}": not cls.supports_block_size(
                 selector.block_size
             ),
@@ -176,6 +180,24 @@ class SinkBackend(AttentionBackend):
                     "does not support; drop the flag or choose another model or "
                     "setting"
                 )
+        if not cls.supports_kv_cache_dtype(selector.kv_cache_dtype):
+            who = ", which the checkpoint asks for" if _orders_cache_dtype() else ""
+            raise ValueError(
+                "--kv-cache-dtype must be auto, float16 or bfloat16 with "
+                f"--attention-backend sink on a CPU, got {selector.kv_cache_dtype}"
+                f"{who}; pass --kv-cache-dtype bfloat16"
+            )
+
+
+def _orders_cache_dtype() -> bool:
+    """Whether the checkpoint, not the user, may have chosen the cache's dtype."""
+    vllm_config = get_current_vllm_config_or_none()
+    model = vllm_config and vllm_config.model_config
+    quantization = getattr(model and model.hf_config, "quantization_config", None) or {}
+    # ModelOpt's own file has them one level deeper.
+    levels = (quantization, quantization.get("quantization") or {})
+    names = ("kv_cache_scheme", "kv_cache_quant_algo")
+    return any(level.get(name) for level in levels for name in names)
 
 
 class SinkRetrievalBackend(SinkBackend):

@@ -46,6 +46,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sink.attention.head_counts import check_head_counts
 from vllm_sink.attention.loaded import refuse_layers
 from vllm_sink.attention.rotation import (
     Rotation,
@@ -106,9 +107,9 @@ def engine_config() -> SinkConfig:
 
 
 def measure_loaded_model() -> None:
-    """Measure the rotations of the engine built last, once its model is loaded.
+    """Measure the heads and rotations of the engine built last, once it is loaded.
 
-    Needed where queries are turned, and where positions exceed the trained length:
+    Rotations are needed where queries are turned, and where positions exceed the trained length:
     its tables are then made exact.
 
     Called where vLLM asks for the layers' KV cache specs, before it profiles,
@@ -117,6 +118,7 @@ def measure_loaded_model() -> None:
     vllm_config = _vllm_config() if _vllm_config is not None else None
     if vllm_config is None:
         return
+    check_head_counts(vllm_config, _sink_layers(vllm_config))
     model = vllm_config.model_config
     beyond = model.max_model_len > trained_length(model)
     if beyond or _needs_rotations(vllm_config):
@@ -272,6 +274,7 @@ class SinkImplBase(AttentionImpl[M]):
         self.soft_cap = logits_soft_cap or 0.0
         self.writes_cache = kv_sharing_target_layer_name is None
         self.sink_logits = sinks
+        self.heads_counted = False  # against the model's: head_counts
         # A companion for each KV head if they are of two kinds: cache.heads.
         self.heads: tuple[HeadCache, ...] | None = None
         # Set by the builder, which sees the layers; None: no turn. Which of the

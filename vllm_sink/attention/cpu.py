@@ -13,6 +13,7 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
+from vllm_sink.attention.head_counts import refuse_other_heads
 from vllm_sink.attention.rotation import Rotation
 
 
@@ -177,6 +178,9 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
             kv_cache: [B, HKV, N, 2D]; its bytes are used as [B, HKV, 2N, D].
             attn_metadata: None while vLLM warms up.
         """
+        if key is not None and len(key) != len(query):
+            name = layer.layer_name
+            refuse_other_heads(name, self, len(query), len(query), len(key))
         if attn_metadata is None:
             return output
         plan: SinkCpuPlan = attn_metadata.step.plan

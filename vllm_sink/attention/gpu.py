@@ -26,6 +26,7 @@ from vllm_sink_kernels.triton.prefill import PrefillLauncher
 from vllm_sink.attention.base import SinkImplBase, Step
 from vllm_sink.attention.gpu_plan import SinkGpuMetadata
 from vllm_sink.attention.gpu_support import FP8_KV_CACHE_DTYPES
+from vllm_sink.attention.head_counts import refuse_other_heads
 
 # (device, elements) -> scratch of decode's splits. Layers of one process share it:
 # they run one after another on one stream.
@@ -83,6 +84,9 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
                 "--attention-backend sink, got an output scale; turn off the "
                 "fuse_attn_quant pass"
             )
+        if key is not None and len(key) != len(query):
+            name = layer.layer_name
+            refuse_other_heads(name, self, len(query), len(query), len(key))
         if attn_metadata is None:
             self._reserve_workspace(query.device)  # so that vLLM counts it
             return output.zero_()

@@ -21,23 +21,13 @@ def refuse_layers(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: Names the layer, what it does and what to change.
     """
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
-    layers: dict[str, Any] = get_layers_from_vllm_config(
-        vllm_config, AttentionLayerBase
-    )
-    specs: dict[str, Any] = {}
+    layers = _layers(vllm_config)
+    specs = layer_specs(vllm_config)
     reached = False
-    for name, layer in layers.items():
-        spec = layer.get_kv_cache_spec(vllm_config)
-        if spec is None:
-            continue
-        backend = layer.get_attn_backend()
-        if hasattr(spec, "head_size"):
-            spec = backend.customize_spec(spec)
-        specs[name] = spec
+    for name, spec in specs.items():
+        backend = layers[name].get_attn_backend()
         if isinstance(spec, ChunkedLocalAttentionSpec):
             raise ValueError(
                 "model must not use chunked-local attention with --attention-backend "
@@ -60,6 +50,32 @@ def refuse_layers(vllm_config: VllmConfig) -> None:
     if not reached:
         _refuse_unreached(vllm_config, specs)
     _refuse_lost_drafter(vllm_config, specs)
+
+
+def layer_specs(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What each layer, head and drafter's layer asks of the KV cache.
+
+    Layers that read another's cache are among them, with a spec like its owner's.
+    """
+    specs: dict[str, Any] = {}
+    for name, layer in _layers(vllm_config).items():
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is None:
+            continue
+        if hasattr(spec, "head_size"):
+            spec = layer.get_attn_backend().customize_spec(spec)
+        specs[name] = spec
+    return specs
+
+
+def _layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers: dict[str, Any] = get_layers_from_vllm_config(
+        vllm_config, AttentionLayerBase
+    )
+    return layers
 
 
 def _refuse_unreached(vllm_config: VllmConfig, specs: dict[str, Any]) -> None:

@@ -112,6 +112,22 @@ def probe(
     }
 
 
+def count_rows(
+    root: torch.nn.Module, layers: dict[str, Any], vllm_config: VllmConfig, tokens: int
+) -> dict[str, tuple[int, int | None]]:
+    """Run ``root`` with ``tokens`` tokens; rows of q and of k that reach each layer.
+
+    The rows of k are None where the layer reads another layer's cache.
+    """
+    which = torch.arange(tokens) % len(_TOKENS)
+    with _recorded(layers) as rows, _held_states(root):
+        _forward(root, vllm_config, which, torch.zeros_like(which))
+    return {
+        name: (len(query), None if key is None else len(key))
+        for name, (query, key) in rows.items()
+    }
+
+
 def difference(one: Seen, other: Seen) -> float:
     """How far two forwards are apart at their first position, both the same."""
     apart = 0.0

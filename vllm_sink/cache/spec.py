@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -40,8 +40,16 @@ class SinkSpec(SlidingWindowSpec):
     - ``extra_retained_tokens`` (several speculative modules) widens the window:
       :attr:`policy` counts it.
 
-    Runner V1, V2's speculators and CUDA graphs, retention intervals and the packing
-    of unequal pages ask for the class, or for W, and suppose nothing of a head.
+    Runner V1, V2's speculators, CUDA graphs and retention intervals ask for the
+    class, or for W, and suppose nothing of a head.
+
+    Grouping does not tell a subclass from its base: every predicate of it (one group
+    for all layers, promotion, the packing of unequal pages, 0.33's planning) asks the
+    *first* spec whether the others are like it, and a ``SlidingWindowSpec`` says yes
+    to a ``SinkSpec`` of its W, which then is managed as a plain window and loses its
+    sinks. So no layer of this backend has vLLM's own class: a window of the model's
+    own is an :class:`OwnWindowSpec`. Whatever gets past that ends the start:
+    :mod:`vllm_sink.engine.groups`.
 
     Args:
         num_sink_tokens: S, tokens.
@@ -140,7 +148,30 @@ class SinkSpec(SlidingWindowSpec):
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:
         return all(
-            isinstance(spec, SinkSpec) and spec.policy == self.policy
+            isinstance(spec, SinkSpec)
+            and spec.policy == self.policy
+            and spec.is_retrieval == self.is_retrieval
+            for spec in kv_cache_specs.values()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnWindowSpec(SlidingWindowSpec):
+    """vLLM's spec of a layer with a window of its own: like no :class:`SinkSpec`.
+
+    Its manager is vLLM's own. Only what it is grouped with is ours to say.
+    """
+
+    @classmethod
+    def from_window(cls, spec: SlidingWindowSpec) -> OwnWindowSpec:
+        return cls(**_fields_of(spec))
+
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
+        return all(
+            isinstance(spec, OwnWindowSpec)
+            and spec.sliding_window == self.sliding_window
             for spec in kv_cache_specs.values()
         )
 
@@ -151,4 +182,19 @@ class RetrievalSpec(FullAttentionSpec):
 
     @classmethod
     def from_full(cls, spec: FullAttentionSpec) -> RetrievalSpec:
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+        return cls(**_fields_of(spec))
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """vLLM's, for specs of this class alone: it takes a subclass for its base."""
+        assert all(isinstance(spec, RetrievalSpec) for spec in specs), specs
+        return super().merge(specs)
+
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
+        return all(isinstance(spec, RetrievalSpec) for spec in kv_cache_specs.values())
+
+
+def _fields_of(spec: KVCacheSpec) -> dict[str, Any]:
+    return {field.name: getattr(spec, field.name) for field in fields(spec)}

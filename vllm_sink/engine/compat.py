@@ -1,6 +1,6 @@
 """Every touch of vLLM that depends on its version, in one place.
 
-No function of vLLM is replaced.
+One method of vLLM is wrapped (:func:`watch_engine_core`), none is replaced.
 The backend's enum member gets a pickling method of its own: vLLM pickles the
 member by value into spawned processes, where it is looked up before plugins
 load, and an unknown value is an error.
@@ -8,9 +8,11 @@ load, and an unknown value is an error.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -123,18 +125,51 @@ def register_kv_cache_spec() -> None:
     vLLM's registry fills itself with the built-in specs only while it is
     empty: registering ours first would hide them all.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from vllm_sink.cache.block_manager import SinkManager
     from vllm_sink.cache.counted import RetrievalManager
-    from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
+    from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
 
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
-    KVCacheSpecRegistry.register(
-        RetrievalSpec, RetrievalManager, uniform_type_base_spec=FullAttentionSpec
-    )
+    # Each is a base of its own: vLLM groups what shares one.
+    for spec, manager in (
+        (SinkSpec, SinkManager),
+        (RetrievalSpec, RetrievalManager),
+        (OwnWindowSpec, SlidingWindowManager),
+    ):
+        KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+# The method that ``EngineCore.__init__`` calls right after it has made the scheduler,
+# in 0.32 and 0.33. Plugins are loaded within ``__init__``: too late to wrap that.
+_AFTER_SCHEDULER = "_initialize_effective_attention_block_size"
+
+
+def watch_engine_core(check: Callable[[Any], None]) -> bool:
+    """Call ``check(engine_core)`` once an engine core has its managers; idempotent.
+
+    vLLM shows a plugin the groups that it built nowhere else: a manager of ours is
+    not even made where it grouped our layers with others.
+
+    Returns:
+        False: this vLLM has no such method, and nothing will be checked.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    method = getattr(EngineCore, _AFTER_SCHEDULER, None)
+    if method is None or hasattr(method, "checked_by_sink"):
+        return method is not None
+
+    @functools.wraps(method)
+    def then_check(engine_core: Any) -> None:
+        method(engine_core)
+        check(engine_core)
+
+    then_check.checked_by_sink = True  # type: ignore[attr-defined]
+    setattr(EngineCore, _AFTER_SCHEDULER, then_check)
+    return True
 
 
 def register_variable(name: str) -> None:

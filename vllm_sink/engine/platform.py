@@ -25,6 +25,8 @@ _CpuPlatform = resolve_obj_by_qualname(builtin_platform_plugins["cpu"]())
 class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
     """vLLM's CPU platform plus one more attention backend, and Ray."""
 
+    takes_sink = True  # policy.refusals asks: the platform below ignores the flag
+
     @property
     def ray_device_key(self) -> str:
         """The Ray resource of one worker: real CPUs, none pretended.

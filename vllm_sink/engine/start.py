@@ -5,8 +5,10 @@ command. CUDA and ROCm have platform classes of their own, and vLLM hands a plug
 the configuration nowhere else before it loads the model. So :func:`check_start`
 runs once more, on every platform and in every process that builds a model, at the
 first module that is built under a configuration: torch calls
-:func:`watch_models`' hook for each, through its public registration hook. No
-function of vLLM or torch is replaced.
+:func:`watch_models`' hook for each, through its public registration hook.
+
+What came of it is compared once more where the engine core has its block managers,
+before the first request: :mod:`vllm_sink.engine.groups`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,14 @@ def check_start(vllm_config: VllmConfig) -> None:
         refusals.refuse_forgotten_backend(vllm_config)
         return
     refusals.validate_engine(vllm_config)
+    if not watch_groups():
+        import vllm
+
+        raise ValueError(
+            f"vllm must be {' or '.join(compat.SUPPORTED_VLLM)} with "
+            f"--attention-backend sink, got {vllm.__version__}, whose KV cache groups "
+            "can't be checked; install a supported version"
+        )
     place_drafter(vllm_config)
 
 
@@ -56,6 +66,13 @@ def place_drafter(vllm_config: VllmConfig) -> None:
     lengthen(text_config, vllm_config.model_config.max_model_len)
     if speculative.attention_backend is None:
         speculative.attention_backend = compat.register_backend_member()
+
+
+def watch_groups() -> bool:
+    """Have every engine core's groups checked; idempotent. False: it can't be."""
+    from vllm_sink.engine.groups import check_groups
+
+    return compat.watch_engine_core(check_groups)
 
 
 def watch_models() -> None:

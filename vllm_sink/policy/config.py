@@ -164,14 +164,28 @@ class SinkConfig:
         return RetentionPolicy(self.num_sink_tokens, self.window_size)
 
     def clipped(self, max_model_len: int) -> SinkConfig:
-        """The same for requests of at most ``max_model_len`` tokens."""
+        """The same for requests of at most ``max_model_len`` tokens.
+
+        Heads of two kinds whose windows are then equal are of one kind: the settings
+        come back without retrieval heads.
+        """
         policy = self.policy.clipped(max_model_len)
         own = self.retrieval_window_size
-        return replace(
+        own = None if own is None else min(own, max_model_len)
+        clipped = replace(
             self,
             num_sink_tokens=policy.num_sink_tokens,
             window_size=policy.window_size,
-            retrieval_window_size=None if own is None else min(own, max_model_len),
+            retrieval_window_size=own,
+        )
+        if own != policy.window_size:
+            return clipped
+        return replace(
+            clipped,
+            retrieval_heads=None,
+            retrieval_fraction=None,
+            retrieval_layers=None,
+            retrieval_window_size=None,
         )
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sink.policy.config import SECTION, SinkConfig, has_section
 from vllm_sink.policy.drafters import refuse_drafter
+from vllm_sink.policy.lookalikes import refuse_lookalikes
 from vllm_sink.policy.refusal import Refusal
 from vllm_sink.policy.resolve import resolve
 
@@ -42,7 +43,7 @@ def find_refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """
     if not is_selected(vllm_config):
         return list(_forgotten_backend(vllm_config))
-    config = resolve(vllm_config)
+    config = _settings(vllm_config)
     return [refusal for check in CHECKS for refusal in check(vllm_config, config)]
 
 
@@ -66,11 +67,15 @@ def validate_engine(vllm_config: VllmConfig) -> SinkConfig:
     Raises:
         ValueError: Names the setting, its value and the remedy.
     """
-    config = resolve(vllm_config)
+    config = _settings(vllm_config)
     for check in CHECKS:
         for refusal in check(vllm_config, config):
             raise ValueError(str(refusal))
-    model = _target(vllm_config)
+    return config
+
+
+def _settings(vllm_config: VllmConfig) -> SinkConfig:
+    config, model = resolve(vllm_config), _target(vllm_config)
     return config if model is None else config.clipped(model.max_model_len)
 
 
@@ -93,6 +98,32 @@ def _forgotten_backend(vllm_config: VllmConfig) -> Iterator[Refusal]:
             f"{additional[SECTION]!r}",
             "pass --attention-backend sink, or take the section away",
         )
+    elif not is_selected(vllm_config):
+        yield from refuse_lookalikes(additional, selected=False)
+
+
+def _lookalikes(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    yield from refuse_lookalikes(vllm_config.additional_config, selected=True)
+
+
+def _platform(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
+    """vLLM's own CPU platform, which ignores the selected backend."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or getattr(current_platform, "takes_sink", False):
+        return
+    name, value = "platform", type(current_platform).__name__
+    remedy = "let vLLM load this package's platform plugin, named sink"
+    if "VLLM_TARGET_DEVICE" in os.environ:  # then vLLM asks no platform plugin
+        name, value = "VLLM_TARGET_DEVICE", repr(os.environ["VLLM_TARGET_DEVICE"])
+        remedy = "unset it: a vLLM that is built for CPUs needs none"
+    yield Refusal(
+        name,
+        "must leave the choice of the CPU platform to vLLM's plugins with "
+        "--attention-backend sink, which vLLM's own ignores",
+        value,
+        remedy,
+    )
 
 
 def _context_parallel(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
@@ -294,6 +325,8 @@ def _own_windows(model: Any) -> bool:
 
 # In the order in which the start tells of them.
 CHECKS: tuple[Check, ...] = (
+    _platform,
+    _lookalikes,
     _context_parallel,
     _kv_connector,
     _kind_of_model,

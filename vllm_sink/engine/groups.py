@@ -1,0 +1,111 @@
+"""The KV cache groups that vLLM built, compared with what the policy governs.
+
+Whatever grouped the layers (vLLM's planning, a model's own, a platform's), and on
+whatever platform: once an engine core has its block managers and before it serves,
+each worker says which group each of its layers and heads is in, and the managers
+are looked at. A governed layer under any manager but ours, or ours under another
+policy, would be evicted as that manager evicts: the start ends instead.
+
+:func:`check_groups` is called by :func:`vllm_sink.engine.compat.watch_engine_core`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sink.attention.loaded import layer_specs
+from vllm_sink.cache.block_manager import SinkManager
+from vllm_sink.cache.counted import RetrievalManager
+from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
+from vllm_sink.policy.refusals import is_selected, unreached
+
+# A layer or head of one worker: name, its spec, the index of its KV cache group.
+Placed = tuple[str, Any, int | None]
+
+
+def check_groups(engine_core: Any) -> None:
+    """Refuse an engine whose groups are not what the policy is for.
+
+    Raises:
+        ValueError: Names the layer and its manager, or the model whose groups are
+            all vLLM's own.
+    """
+    if not is_selected(engine_core.vllm_config):
+        return
+    scheduler = engine_core.scheduler
+    kv_cache_manager = getattr(scheduler, "kv_cache_manager", None)
+    if kv_cache_manager is None:
+        raise ValueError(
+            "scheduler_cls must have vLLM's kv_cache_manager with --attention-backend "
+            f"sink, got {type(scheduler).__name__}; drop --scheduler-cls"
+        )
+    managers = kv_cache_manager.coordinator.single_type_managers
+    for placed in engine_core.model_executor.collective_rpc(placed_layers):
+        for name, spec, index in placed:
+            refuse_misplaced(name, spec, None if index is None else managers[index])
+    if not any(_is_ours(manager) for manager in managers):
+        kinds = sorted({type(manager).__name__ for manager in managers})
+        why = f"whose KV cache groups are all vLLM's own ({', '.join(kinds) or 'none'})"
+        raise ValueError(str(unreached(engine_core.vllm_config.model_config.model, why)))
+
+
+def placed_layers(worker: Any) -> list[Placed]:
+    """Each layer and head of a worker, and its group; runs in the worker's process."""
+    runner = worker.model_runner
+    groups = runner.kv_cache_config.kv_cache_groups
+    index = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+    layers: dict[str, Any] = get_layers_from_vllm_config(
+        runner.vllm_config, AttentionLayerBase
+    )
+
+    def group_of(name: str) -> int | None:
+        target = getattr(layers.get(name), "kv_sharing_target_layer_name", None)
+        return group_of(target) if target else index.get(name)
+
+    return [
+        (name, spec, group_of(name))
+        for name, spec in layer_specs(runner.vllm_config).items()
+    ]
+
+
+def refuse_misplaced(name: str, spec: Any, manager: Any) -> None:
+    """Refuse a layer that its manager would not treat as the policy says.
+
+    Args:
+        manager: The block manager of its group; None: it is in no group.
+
+    Raises:
+        ValueError: Names both.
+    """
+    if isinstance(spec, SinkSpec):
+        wanted = f"SinkManager of {_policy(spec)}"
+        fits = isinstance(manager, SinkManager)
+        fits = fits and _policy(manager.kv_cache_spec) == _policy(spec)
+    elif isinstance(spec, FullAttentionSpec):  # nothing else keeps everything here
+        wanted = "RetrievalManager"
+        fits = isinstance(spec, RetrievalSpec) and isinstance(manager, RetrievalManager)
+    else:
+        wanted = "vLLM's own manager"
+        fits = not _is_ours(manager)
+    if fits:
+        return
+    found = "none" if manager is None else type(manager).__name__
+    if isinstance(manager, SinkManager):
+        found += f" of {_policy(manager.kv_cache_spec)}"
+    raise ValueError(
+        f"{name} must be managed by {wanted} with --attention-backend sink, got "
+        f"{found}; choose a sink.window_size that is no window of the model's own, or "
+        "drop --attention-backend sink"
+    )
+
+
+def _policy(spec: SinkSpec) -> str:
+    return f"{spec.num_sink_tokens} + {spec.sliding_window} tokens"
+
+
+def _is_ours(manager: Any) -> bool:
+    return isinstance(manager, (SinkManager, RetrievalManager))
