@@ -1,5 +1,7 @@
 """A Gemma-3-like model: full attention under the policy beside sliding windows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -11,8 +13,10 @@ from vllm.v1.request import Request
 
 from tests.helpers import dense_reference
 from tests.helpers.block_managers import make_manager
-from tests.helpers.engine import core, prompt_logprobs, sink_engine
+from tests.helpers.engine import managers, prompt_logprobs, sink_engine
 from tests.helpers.random_gemma import save_gemma
+from vllm_sink.attention import backend
+from vllm_sink.cache import block_manager
 from vllm_sink.policy.layout import RetentionPolicy
 
 TOLERANCE = 2e-3
@@ -20,6 +24,12 @@ SINKS, WINDOW = 4, 60
 SLIDING = 40  # Gemma's own window, of every other layer
 BLOCK = 32
 VOCABULARY = 512
+CHUNKED = {
+    "block_size": BLOCK,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 96,
+    "skip_tokenizer_init": True,
+}
 
 
 def _hybrid_attention(module, query, key, value, mask, scaling, **kwargs):
@@ -73,14 +83,10 @@ def test_hybrid_model(hybrid, retention):
         path,
         SINKS,
         WINDOW,
-        block_size=BLOCK,
-        max_model_len=1024,
-        max_num_batched_tokens=96,
-        skip_tokenizer_init=True,
+        **CHUNKED,
         prefix_cache_retention_interval=retention,
     ) as llm:
-        managers = core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
-        names = sorted(type(manager).__name__ for manager in managers)
+        names = sorted(type(manager).__name__ for manager in managers(llm))
         assert names == ["SinkManager", "SlidingWindowManager"]
         got = prompt_logprobs(llm, [tokens])[0]
         chosen = torch.tensor(tokens[1:])[:, None]
@@ -113,6 +119,39 @@ def test_hybrid_model(hybrid, retention):
             last = len(history)
             history = history + generated + random_tokens(10 + turn, 21)
         print(hits)
+
+
+def test_a_window_that_equals_the_models_own(hybrid, monkeypatch):
+    """W = 40, sliding layer first; long enough for freed blocks to be used again."""
+    path, model = hybrid
+    tokens = random_tokens(2, 500)
+    said = []
+    say = SimpleNamespace(info=lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(block_manager, "logger", say)
+    with sink_engine(path, SINKS, SLIDING, **CHUNKED) as llm:
+        kinds = sorted(type(manager).__name__ for manager in managers(llm))
+        (got,) = prompt_logprobs(llm, [tokens])
+    assert kinds == ["SinkManager", "SlidingWindowManager"]
+    (line,) = said  # no start line, no policy
+    assert line.startswith("Sink policy: each token sees the first 4 and the last 40")
+    logits = reference_logits(model, tokens, SLIDING)[:-1]
+    chosen = torch.tensor(tokens[1:])[:, None]
+    want = torch.log_softmax(logits, -1).gather(1, chosen)[:, 0]
+    assert (got - want).abs().max() < TOLERANCE
+
+
+def test_groups_that_swallow_our_layers_end_the_start(hybrid, monkeypatch):
+    """Whatever the cause: here the window's spec is vLLM's own again."""
+    monkeypatch.setattr(backend.OwnWindowSpec, "from_window", lambda spec: spec)
+    message = (
+        r"model\.layers\.1\.self_attn\.attn must be managed by SinkManager of 4 \+ 40 "
+        r"tokens with --attention-backend sink, got SlidingWindowManager; choose a sink"
+    )
+    with (
+        pytest.raises(ValueError, match=message),
+        sink_engine(hybrid[0], SINKS, SLIDING, **CHUNKED),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("retention", [None, 0, 64, 128])
