@@ -32,7 +32,8 @@ triton() {
     part "vLLM $VLLM_NEXT, Python part" make_next_vllm_runnable
     part "manager, vLLM $VLLM_NEXT" env PYTHONPATH="$NEXT_VLLM" \
         VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest \
-        tests/cache/test_block_manager.py tests/cache/test_block_manager_machine.py
+        tests/cache/test_block_manager.py tests/cache/test_block_manager_machine.py \
+        tests/cache/test_groups.py tests/engine/test_groups.py
     # Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
     part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels
     part "gpu path, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest \

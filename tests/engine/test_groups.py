@@ -81,7 +81,7 @@ def test_a_policy_that_reached_no_group():
 def test_a_scheduler_without_block_managers():
     core = engine_core()
     core.scheduler = SimpleNamespace()
-    with pytest.raises(ValueError, match="scheduler_cls must have .* drop --sched"):
+    with pytest.raises(ValueError, match=r"scheduler_cls must have .* drop --sched"):
         check_groups(core)
 
 

@@ -117,7 +117,10 @@ def test_all_refusals_are_found_at_once():
         ({"attn_type": "encoder_only"}, "attention of type encoder_only"),
         ({"attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
         ({"use_mla": True}, "left out for MLA"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be .* on a CPU, got fp8; pass"),
+        (
+            {"kv_cache_dtype": "fp8"},
+            "--kv-cache-dtype must be .* on a CPU, got fp8; pass",
+        ),
         ({"block_size": 24}, "block_size 24"),
         ({"use_non_causal": True}, "non-causal"),
     ],

@@ -13,8 +13,10 @@ def refused(additional, selected=True):
 
 @pytest.mark.parametrize(
     "key",
-    ["Sink", "SINK", "sinks", "sink_config", "sinkConfig", "vllm-sink", "vllm_sink"]
-    + ["attention_sinks", "sink.policy", "sinksettings", " sink", "sink_tokens"],
+    [
+        *("Sink", "SINK", " sink", "sinks", "sink_config", "sinkConfig", "sinksettings"),
+        *("vllm-sink", "vllm_sink", "attention_sinks", "sink.policy", "sink_tokens"),
+    ],
 )
 def test_names(key):
     (message,) = refused({key: {}})

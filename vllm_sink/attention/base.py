@@ -109,8 +109,8 @@ def engine_config() -> SinkConfig:
 def measure_loaded_model() -> None:
     """Measure the heads and rotations of the engine built last, once it is loaded.
 
-    Rotations are needed where queries are turned, and where positions exceed the trained length:
-    its tables are then made exact.
+    Rotations are needed where queries are turned, and where positions exceed the
+    trained length: its tables are then made exact.
 
     Called where vLLM asks for the layers' KV cache specs, before it profiles,
     compiles and captures; once a layer.

@@ -49,8 +49,9 @@ def check_groups(engine_core: Any) -> None:
             refuse_misplaced(name, spec, None if index is None else managers[index])
     if not any(_is_ours(manager) for manager in managers):
         kinds = sorted({type(manager).__name__ for manager in managers})
+        model = engine_core.vllm_config.model_config.model
         why = f"whose KV cache groups are all vLLM's own ({', '.join(kinds) or 'none'})"
-        raise ValueError(str(unreached(engine_core.vllm_config.model_config.model, why)))
+        raise ValueError(str(unreached(model, why)))
 
 
 def placed_layers(worker: Any) -> list[Placed]:
