@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.head_map import ModelShape, read_scores, recommended_fraction
+from vllm_sink.policy.head_map import ModelShape
+from vllm_sink.policy.pattern_files import read_scores, recommended_fraction
 from vllm_sink.tools import sizing
 
 SHAPE = ModelShape(3, 2, 6, (), "tiny")
-KINDS = (".tsv", ".txt", ".pt", ".json")
+KINDS = (".tsv", ".txt", ".csv", ".npy", ".pt", ".json", ".tsv.gz")
 many = settings(
     max_examples=300,
     deadline=None,
