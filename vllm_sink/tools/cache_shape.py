@@ -77,6 +77,11 @@ class CacheShape:
         return len({kind.window for kind in self.kinds}) == 1
 
     @property
+    def num_tables(self) -> int:
+        """Kinds with block tables of their own, of the first kinds."""
+        return 1 if self.is_one_group else len(self.kinds)
+
+    @property
     def layers_per_group(self) -> int:
         """Layers that share a block table where there are several groups.
 
@@ -122,8 +127,7 @@ class CacheShape:
             block_size: Tokens a block, of the kind with the largest page.
         """
         blocks = 0
-        tables = self.kinds[:1] if self.is_one_group else self.kinds
-        for kind in tables:
+        for kind in self.kinds[: self.num_tables]:
             size = self.tokens_per_block(kind, block_size)
             own = RetentionPolicy(0, kind.window) if kind.window else policy
             held = cdiv(num_tokens, size)

@@ -54,12 +54,12 @@ def read_config(name: str) -> Any:
 
         given, _ = PretrainedConfig.get_config_dict(name)
         changes = _spelled_out(given)
-        if not _has_vllm():
+        if changes or not _has_vllm():
             return AutoConfig.from_pretrained(name, **changes)
         from vllm.transformers_utils.config import get_config
 
         folder = os.path.dirname(name) or "." if os.path.isfile(name) else name
-        return get_config(folder, False, hf_overrides_kw=changes)
+        return get_config(folder, False)
 
 
 def _spelled_out(given: dict[str, Any]) -> dict[str, Any]:

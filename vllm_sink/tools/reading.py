@@ -67,7 +67,7 @@ def load_whole(name: str, **settings: Any) -> Any:
         if keys:
             raise ValueError(
                 f"--model must have all weights of {type(model).__name__}, got "
-                f"{name!r} with {what} {keys[0]} (and {len(keys) - 1} more); complete the "
-                "checkpoint: newly made weights measure nothing"
+                f"{name!r} with {what} {keys[0]} (and {len(keys) - 1} more); complete "
+                "the checkpoint: newly made weights measure nothing"
             )
     return model.eval()
