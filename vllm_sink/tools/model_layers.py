@@ -54,8 +54,10 @@ def read_config(name: str) -> Any:
 
         given, _ = PretrainedConfig.get_config_dict(name)
         changes = _spelled_out(given)
-        if changes or not _has_vllm():
-            return AutoConfig.from_pretrained(name, **changes)
+        if changes:
+            return AutoConfig.for_model(**{**given, **changes})
+        if not _has_vllm():
+            return AutoConfig.from_pretrained(name)
         from vllm.transformers_utils.config import get_config
 
         folder = os.path.dirname(name) or "." if os.path.isfile(name) else name
@@ -65,15 +67,14 @@ def read_config(name: str) -> Any:
 def _spelled_out(given: dict[str, Any]) -> dict[str, Any]:
     """``layer_types`` of a ``sliding_window_pattern`` such as "LLLG" (EXAONE 4).
 
-    Local and global layers in turn; the last layer is global.
+    Local and global layers in turn.
     """
     pattern = given.get("sliding_window_pattern")
     if not isinstance(pattern, str) or not pattern or given.get("layer_types"):
         return {}
-    count = given["num_hidden_layers"]
     kinds = [
-        SLIDING if pattern[i % len(pattern)] == "L" and i < count - 1 else FULL
-        for i in range(count)
+        SLIDING if pattern[i % len(pattern)] == "L" else FULL
+        for i in range(given["num_hidden_layers"])
     ]
     return {"layer_types": kinds}
 
