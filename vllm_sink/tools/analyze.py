@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -349,7 +348,6 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     print(summary(result), flush=True)
-    gc.collect()  # the start that is asked for takes the model's room
     introduction = (
         "Serve it so (take the largest window_size that memory allows, up to the "
         "trained length):"

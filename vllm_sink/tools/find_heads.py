@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         sys.stdout.flush()
         del model, tokenizer  # the start that is asked for takes their room
-        gc.collect()
         section = {"retrieval_heads": str(args.out)}
         command = serve_command.serve_command(args.model, section, args.revision)
         introduction = f"Serve with them (the fraction is in {beside.name}):"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -45,8 +46,12 @@ def refusal(command: list[str]) -> str | None:
 def advice(introduction: str, command: list[str]) -> list[str]:
     """Lines: the introduction and the command to type, or why there is none.
 
-    Takes an engine's start: free the models that are loaded before.
+    Takes an engine's start: let go of models that are loaded before.
     """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     told = refusal(command)
     if told is not None:
         return [f"No command is printed to serve it so, as it would not start: {told}"]
