@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.head_map import ModelShape, read_scores, recommended_fraction
+from vllm_sink.policy.head_map import ModelShape
+from vllm_sink.policy.pattern_files import read_scores, recommended_fraction
 from vllm_sink.tools import sizing
 
 SHAPE = ModelShape(3, 2, 6, (), "tiny")
-KINDS = (".tsv", ".txt", ".pt", ".json")
+KINDS = (".tsv", ".txt", ".csv", ".npy", ".pt", ".json", ".tsv.gz")
 many = settings(
     max_examples=300,
     deadline=None,
@@ -100,10 +101,12 @@ def test_pattern_files_of_any_json(tmp_path, values):
 @many
 @given(data=st.one_of(st.binary(max_size=40), json_values))
 @example(data=b"[" * 100_000)
-def test_any_config_beside_a_pattern(tmp_path, data):
+@example(data={"sink_size": 4, "retrieval_fraction": "half"})
+@pytest.mark.parametrize("name", ["config.json", "heads.tsv.meta.json"])
+def test_any_config_beside_a_pattern(tmp_path, name, data):
     path = tmp_path / "heads.tsv"
     path.write_text("0 1\n" * 3)
-    beside = tmp_path / "config.json"
+    beside = tmp_path / name
     if isinstance(data, bytes):
         beside.write_bytes(data)
     else:
@@ -182,4 +185,4 @@ def test_any_model_configuration(values):
         one_line(error)
     else:
         assert shape.num_full_layers + shape.num_sliding_layers >= 1
-        assert shape.layer_bytes_per_token > 0
+        assert shape.bytes_per_token > 0

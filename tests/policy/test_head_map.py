@@ -1,4 +1,4 @@
-"""Patterns that people have become one head map, or are refused by name."""
+"""Scores become one head map, by value, or are refused by name."""
 
 import json
 import math
@@ -6,14 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.head_map import (
     HeadMap,
     ModelShape,
     heads_of_rank,
-    read_scores,
     select,
 )
 from vllm_sink.policy.layout import RetentionPolicy
@@ -68,55 +66,6 @@ class TestSelect:
             *(0, 0, 1, 1),
             *(2, 2, 3, 3),
         ]
-
-
-class TestFormats:
-    def test_all_give_the_same_map(self, tmp_path):
-        (tmp_path / "kvzip.json").write_text(json.dumps(SCORES))
-        torch.save(torch.tensor(SCORES, dtype=torch.float16), tmp_path / "kvzip.pt")
-        # Query heads, three a KV head: the best one's mean is the KV head's score.
-        trials = {
-            f"{i}-{3 * j + k}": [x - 0.1, x + 0.1] if k == 1 else [0.0]
-            for i, layer in enumerate(SCORES)
-            for j, x in enumerate(layer)
-            for k in range(3)
-        }
-        (tmp_path / "query.json").write_text(json.dumps(trials))
-        sources = [
-            SCORES,
-            write_tsv(tmp_path, SCORES),
-            *(
-                str(tmp_path / name)
-                for name in ("kvzip.json", "kvzip.pt", "query.json")
-            ),
-        ]
-        for source in sources:
-            scores = read_scores(source, SHAPE)
-            assert np.allclose(scores, SCORES, atol=1e-3), source
-            assert select(scores, 0.5) == select(SCORES, 0.5), source
-
-    def test_tsv_is_clipped(self, tmp_path):
-        path = write_tsv(tmp_path, [[-0.3, 1.7], [0.2, 1.2], [0.5, 0.5]])
-        assert read_scores(path, SHAPE) == [[0, 1], [0.2, 1], [0.5, 0.5]]
-
-    def test_several_files_give_the_maximum(self, tmp_path):
-        paths = []
-        for index in range(2):
-            scores = torch.zeros(3, 2, dtype=torch.bfloat16)
-            scores[index, index] = 1
-            torch.save(scores, tmp_path / f"{index}.pt")
-            paths.append(str(tmp_path / f"{index}.pt"))
-        assert read_scores(paths, SHAPE) == [[1, 0], [0, 1], [0, 0]]
-
-    def test_recommendation_beside_the_file(self, tmp_path):
-        path = write_tsv(tmp_path, SCORES, {"retrieval_fraction": 0.34})
-        assert retrieval(SinkConfig(retrieval_heads=path)) == [[0, 1], [0, 1], [0, 0]]
-        asked = SinkConfig(retrieval_heads=path, retrieval_fraction=0.5)
-        assert retrieval(asked) == [[0, 1], [1, 1], [0, 0]]
-
-    def test_a_duo_config_without_recommendation(self, tmp_path):
-        path = write_tsv(tmp_path, SCORES, {"sink_size": 64, "recent_size": 256})
-        assert retrieval(SinkConfig(retrieval_heads=path)) == [[0, 1], [1, 1], [0, 0]]
 
 
 class TestResolve:
@@ -194,6 +143,19 @@ def test_equal_policies_are_one(window, own, length, is_one):
         assert config == SinkConfig(4, min(window, length))
 
 
+def test_a_fraction_ranks_scores_of_any_scale():
+    """Percent, logits: values clipped to 1 would tie, and layers decide."""
+    for scale, shift in ((100, 0), (1, -7), (1000, 50)):
+        scores = [[scale * x + shift for x in layer] for layer in SCORES]
+        config = SinkConfig(retrieval_heads=scores, retrieval_fraction=0.34)
+        assert retrieval(config) == [[0, 1], [0, 1], [0, 0]]
+
+
+def test_a_trained_score_may_overshoot():
+    config = SinkConfig(retrieval_heads=[[1.06, -0.03], [0.49, 0.5], [1, 0]])
+    assert retrieval(config) == [[1, 0], [0, 1], [1, 0]]
+
+
 def test_a_window_of_their_own_keeps_the_sinks_and_is_clipped():
     config = SinkConfig(4, 252, retrieval_layers=[0], retrieval_window_size=4092)
     assert config.retrieval_policy == RetentionPolicy(4, 4092)
@@ -217,6 +179,11 @@ class TestRefusals:
             ({"retrieval_heads": SCORES, "retrieval_fraction": 1.5}, "0 to 1, got 1.5"),
             ({"retrieval_heads": SCORES, "retrieval_fraction": True}, "got True"),
             ({"retrieval_heads": SCORES, "retrieval_fraction": math.nan}, "got nan"),
+            (
+                {"retrieval_heads": [[84.4, 0], [1, 0], [1, 0]]},
+                r'from 0 to 1 where no fraction is given, got 84.4; pass "retrieval_fr',
+            ),
+            ({"retrieval_heads": [[-3.5, 0], [1, 0], [1, 0]]}, "got -3.5; pass"),
             ({"retrieval_fraction": 0.5}, "left out without sink.retrieval_heads"),
             ({"retrieval_window_size": 9}, "without .*heads or sink.retrieval_layers"),
             (
@@ -233,45 +200,3 @@ class TestRefusals:
     def test_values(self, settings, message):
         with pytest.raises(ValueError, match=message):
             SinkConfig(**settings).resolved(SHAPE)
-
-    def test_files(self, tmp_path):
-        def refused(name, content, message):
-            path = tmp_path / name
-            if isinstance(content, str):
-                path.write_text(content)
-            elif content is not None:
-                torch.save(content, path)
-            with pytest.raises(ValueError, match=message) as error:
-                read_scores(str(path), SHAPE)
-            assert name in str(error.value)
-
-        refused("none.tsv", None, "readable file")
-        refused("heads.npy", "", "must end in .json, .pt, .tsv, .txt")
-        refused(
-            "text.tsv", "layer\thead\n", "could not be read as .tsv: could not conv"
-        )
-        refused("nan.tsv", "1\t0\n1\tnan\n1\t0\n", "nan at layer 1, head 1")
-        refused("other.tsv", "1\t0\n" * 32, "3 layers x 2 KV heads.*32 layers")
-        refused("text.pt", "no tensor", "could not be read as .pt")
-        refused("dict.pt", {"a": torch.zeros(1)}, "a tensor was expected, got a dict")
-        refused("deep.pt", torch.zeros(3, 2, 5), "layer 0, head 0")
-        refused("flat.pt", torch.zeros(3), "got no table")
-        refused("object.pt", SimpleNamespace(a=1), "could not be read as .pt")
-        refused("broken.json", "{", "could not be read as .json")
-        refused("number.json", "7", "got no table")
-        refused("few.json", '{"0-0": [1]}', "3 layers x 6 query heads.*has 1 and not")
-        keys = [f"{i}-{j}" for i in range(3) for j in range(6)]
-        empty = json.dumps({key: [] for key in keys})
-        refused("empty.json", empty, r"got \[\] at layer 0, head 0")
-        more = json.dumps({key: [1] for key in [*keys, "3-0"]})
-        refused("more.json", more, "more than those '3-0'")
-
-    def test_another_model_by_the_config_beside(self, tmp_path):
-        path = write_tsv(tmp_path, SCORES, {"hidden_size": 64, "model_type": "llama"})
-        assert retrieval(SinkConfig(retrieval_heads=path))
-        path = write_tsv(tmp_path, SCORES, {"hidden_size": 128})
-        with pytest.raises(ValueError, match="found for a model with hidden_size=128"):
-            SinkConfig(retrieval_heads=path).resolved(SHAPE)
-        path = write_tsv(tmp_path, SCORES, {"retrieval_fraction": "half"})
-        with pytest.raises(ValueError, match=r"retrieval_fraction of the config\.json"):
-            SinkConfig(retrieval_heads=path).resolved(SHAPE)

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
+from tests.tools.test_headwise import build
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import analyze, cli, weak_sinks
+from vllm_sink.tools import analyze, cli, serve_command, weak_sinks, written
+from vllm_sink.tools.heads import attention
 
 TEXT = pydoc_data.topics.topics["exceptions"] + pydoc_data.topics.topics["objects"]
 
@@ -39,16 +41,33 @@ def test_perplexity_equals_the_reference(loaded, reference, prose):
     tokens = prose[:300]
     for sinks, window in ((4, 60), (0, 64)):
         want = reference.logprobs(tokens, sinks, window, "absolute")[63:]
-        got = analyze.perplexity(model, tokens, RetentionPolicy(sinks, window), 64)
+        with analyze.under_policies(model):
+            got = analyze.perplexity(model, tokens, RetentionPolicy(sinks, window), 64)
         assert got == pytest.approx(math.exp(-float(want.mean())), rel=1e-3)
+    assert model.config._attn_implementation == "eager"
 
 
-def test_mask_is_the_policys():
-    policy = RetentionPolicy(2, 3)
-    mask = analyze.policy_mask(policy, 9)[0, 0]
-    for query in range(9):
-        for key in range(9):
-            assert (mask[query, key] == 0) == policy.sees(query, key)
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Gemma3", "GptOss"])
+def test_windows_of_the_models_own_stay(family):
+    """A policy that hides nothing is the model's own forward."""
+    model = build(family, "eager")
+    tokens = torch.randint(1, 96, (60,), generator=torch.Generator().manual_seed(1))
+    batch = tokens[None]
+    with torch.inference_mode():
+        want = model(batch, use_cache=False).logits
+        full = analyze.perplexity(model, tokens.tolist(), None, 10)
+        with analyze.under_policies(model):
+            with attention.Headwise(policy=RetentionPolicy(0, 60)):
+                got = model(batch, use_cache=False).logits
+            unlimited = analyze.perplexity(
+                model, tokens.tolist(), RetentionPolicy(0, 60), 10
+            )
+            policy = analyze.perplexity(
+                model, tokens.tolist(), RetentionPolicy(1, 9), 10
+            )
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+    assert unlimited == pytest.approx(full, rel=1e-4)
+    assert policy != pytest.approx(full, rel=1e-3), "the policy acts on full layers"
 
 
 def test_recommended_is_the_smallest_that_is_as_good():
@@ -57,15 +76,18 @@ def test_recommended_is_the_smallest_that_is_as_good():
     assert analyze.recommend({0: 20.0, 4: 19.99}) == 0
 
 
-def test_command_line(model_path, tmp_path, capsys):
+def test_command_line(model_path, tmp_path, capsys, monkeypatch):
     """A short text: sinks are found, and the window alone is worse."""
+    asked = []
+    monkeypatch.setattr(serve_command, "refusal", asked.append)
     pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ["--model", model_path, "--text", str(text), "--tokens", "320"]
     assert cli.main(["analyze", *arguments, "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
     result = json.loads((tmp_path / "analysis.json").read_text())
+    assert asked == [analyze.command(result)]
+    printed = capsys.readouterr().out
     assert set(result["sinks"]) == {"with BOS", "without BOS"}
     for sinks in result["sinks"].values():
         share = torch.tensor(sinks["share"])
@@ -79,6 +101,14 @@ def test_command_line(model_path, tmp_path, capsys):
     assert perplexity["0"] > 1.2 * perplexity[str(chosen)]
     assert f"num_sink_tokens = {chosen} is enough" in printed
     assert (tmp_path / "first_token.png").stat().st_size > 5000
+    assert "\n".join(serve_command.printed(asked[0])) in printed
+    # Again is well; what somebody else put there is not overwritten.
+    written.refuse_foreign(
+        tmp_path / "analysis.json", [tmp_path / "first_token.png"], analyze.TOOL
+    )
+    (tmp_path / "analysis.json").write_text("{}")
+    assert cli.main(["analyze", *arguments, "--out", str(tmp_path)]) == 1
+    assert "must not overwrite what vllm-sink analyze" in capsys.readouterr().err
 
 
 def test_refused(model_path, tmp_path, capsys):
@@ -117,9 +147,9 @@ def test_a_setting_of_a_model_that_is_not_listed_is_named():
     assert weak_sinks.by_design(config) == ["a gated output (attn_output_gate=True)"]
 
 
-def test_the_advice_ends_with_a_command_that_is_taken():
-    *_, command, section = weak_sinks.serve_command("M", 2)
-    assert command.strip() == "vllm serve M --attention-backend sink \\"
-    given = json.loads(section.split("'")[1])
-    config = SinkConfig.from_additional_config(given)
+def test_the_advice_comes_to_a_command():
+    result = {"model": "M", "recommended_num_sink_tokens": 2}
+    words = analyze.command(result)
+    assert words[:5] == ["vllm", "serve", "M", "--attention-backend", "sink"]
+    config = SinkConfig.from_additional_config(json.loads(words[-1]))
     assert (config.num_sink_tokens, config.window_size) == (2, SinkConfig().window_size)

@@ -1,14 +1,19 @@
 """``vllm-sink heads``: the files it writes, what it says, what it refuses."""
 
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig
 
-from vllm_sink.policy import head_map
+from tests.helpers.random_llama import save_llama
+from vllm_sink.policy import head_map, pattern_files
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.tools import cli
+from vllm_sink.tools import cli, serve_command
 from vllm_sink.tools.heads import attention, duo, fraction, pattern, scores, texts
 
 SHAPE = head_map.ModelShape(
@@ -34,17 +39,23 @@ def run(capsys, *arguments: str) -> str:
 
 
 @pytest.fixture
+def no_start(monkeypatch):
+    """The engine that is asked whether the command starts says yes."""
+    monkeypatch.setattr(serve_command, "refusal", lambda command: None)
+
+
+@pytest.fixture
 def few_fractions(monkeypatch):
     monkeypatch.setattr(fraction, "FRACTIONS", (0.0, 0.25, 0.5))
 
 
-def test_auto(model_path, tmp_path, capsys, few_fractions):
+def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
     """Files, pictures and words agree; what is written is read back."""
     pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     out = tmp_path / "found" / "heads.tsv"
     sizes = ["--needle-tokens", "384", "--window-size", "124", "--haystacks", "2"]
     printed = run(capsys, "--model", model_path, "--out", str(out), *sizes)
-    config = json.loads((out.parent / "config.json").read_text())
+    config = json.loads((out.parent / "heads.tsv.meta.json").read_text())
     curve = config["curve"]
     points = {point["fraction"]: point for point in curve["points"]}
     assert set(points) == {0.0, 0.25, 0.5, 1.0}
@@ -63,6 +74,7 @@ def test_auto(model_path, tmp_path, capsys, few_fractions):
     assert config["method"] == "recipe" and config["text"] == "pydoc_data.topics"
     for picture in ("heads.png", "heads_curve.png"):
         assert (out.parent / picture).stat().st_size > 5000
+    assert config["files"] == ["heads.tsv", "heads.png", "heads_curve.png"]
 
 
 def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
@@ -87,8 +99,108 @@ def test_files_are_as_numpy_writes_them(tmp_path):
     mine = (tmp_path / "heads.tsv").read_text()
     np.savetxt(tmp_path / "numpy.tsv", values.double().numpy(), delimiter="\t")
     assert mine == (tmp_path / "numpy.tsv").read_text()
-    assert beside == tmp_path / "config.json"
+    assert beside == tmp_path / "heads.tsv.meta.json"
     assert read_back(tmp_path / "heads.tsv").sum() == 27
+
+
+class TestNothingIsOverwritten:
+    """But what the tool wrote itself."""
+
+    def refused(self, out, message):
+        before = {file: file.read_bytes() for file in out.parent.iterdir()}
+        with pytest.raises(ValueError, match=message):
+            pattern.write(out, torch.ones(2, 2), {}, [out.with_suffix(".png")])
+        assert before == {file: file.read_bytes() for file in out.parent.iterdir()}
+
+    def test_a_models_folder(self, tmp_path):
+        """Its config.json stays, and is no pattern's."""
+        config = {"model_type": "llama", "hidden_size": 1, "architectures": ["L"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for _ in range(2):  # its own it writes again
+            pattern.write(
+                tmp_path / "heads.tsv", torch.rand(30, 3), {"retrieval_fraction": 0.1}
+            )
+        assert json.loads((tmp_path / "config.json").read_text()) == config
+        assert read_back(tmp_path / "heads.tsv").sum() == 9
+
+    @pytest.mark.parametrize("name", ["heads.tsv", "heads.tsv.meta.json", "heads.png"])
+    def test_files_of_others(self, tmp_path, name):
+        (tmp_path / name).write_text("{}")
+        self.refused(tmp_path / "heads.tsv", f"overwrite .* got .*/{name}', which exi")
+
+    def test_a_pattern_that_was_changed(self, tmp_path):
+        out = tmp_path / "heads.tsv"
+        pattern.write(out, torch.rand(2, 2), {})
+        out.write_text("1 0\n0 1\n")
+        self.refused(out, "that was changed since vllm-sink heads wrote it")
+
+    def test_two_patterns_share_no_picture(self, tmp_path):
+        png = tmp_path / "heads.png"
+        pattern.write(tmp_path / "heads.txt", torch.rand(2, 2), {}, [png])
+        png.write_text("drawn")
+        self.refused(tmp_path / "heads.tsv", r"got .*heads.png', which exists")
+
+    def test_what_could_not_be_read_back(self, tmp_path):
+        self.refused(tmp_path / "config.json", r"--out must end in .tsv or .txt")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=r"in a folder, got .* '.*file' is a file"):
+            pattern.write(tmp_path / "file" / "a" / "heads.tsv", torch.ones(2, 2), {})
+
+
+def test_the_printed_command_starts(model_path, tmp_path, capsys, monkeypatch):
+    """Whatever the paths are; the tool itself has asked an engine's start."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from vllm_sink.engine.compat import parse_serve_arguments
+
+    model = tmp_path / 'it\'s a "model"'
+    model.symlink_to(Path(model_path).resolve())
+    out = tmp_path / "my heads" / "it's.tsv"
+    asked = []
+    real = serve_command.refusal
+    monkeypatch.setattr(
+        serve_command, "refusal", lambda command: asked.append(real(command))
+    )
+    arguments = ["--model", str(model), "--out", str(out), "--fraction", "0.1"]
+    printed = run(capsys, *arguments)
+    assert asked == [None], "it would start"
+    command = printed.partition("  vllm serve ")[2].replace("\\\n", "")
+    name, *flags = shlex.split(command)
+    assert name == str(model)
+    engine_args = AsyncEngineArgs.from_cli_args(parse_serve_arguments(name, flags))
+    section = engine_args.create_engine_config().additional_config["sink"]
+    assert np.sum(section["retrieval_heads"]) == 9
+
+
+def test_a_command_that_would_not_start_is_not_printed(tmp_path):
+    MistralConfig(
+        sliding_window=64, architectures=["MistralForCausalLM"]
+    ).save_pretrained(tmp_path)
+    command = serve_command.serve_command(str(tmp_path), {"window_size": 60}, "main")
+    (told,) = serve_command.advice("Serve it so:", command)
+    assert "vllm serve" not in told
+    assert "layers all keep a window of 64 tokens; drop --attention-backend" in told
+
+
+def test_a_checkpoint_without_all_weights_is_refused(model_path, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    save_llama(tmp_path)
+    for file in Path(model_path).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = weights.pop("model.layers.1.self_attn.q_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "heads.tsv"
+    assert cli.main(["heads", "--model", str(tmp_path), "--out", str(out)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{str(tmp_path)!r} with no model.layers.1.self_attn.q_proj.weight" in error
+    assert not out.exists()
+    weights["model.layers.1.self_attn.q_proj.weight"] = lost[:1].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert cli.main(["heads", "--model", str(tmp_path), "--out", str(out)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not out.exists()
 
 
 def test_every_format_gives_the_same_map(tmp_path):
@@ -108,8 +220,8 @@ def test_every_format_gives_the_same_map(tmp_path):
     }
     (folders[3] / "x.json").write_text(json.dumps(query))
     maps = [
-        head_map.select(head_map.read_scores(str(next(f.glob("x.*"))), SHAPE), 0.25)
-        for f in folders
+        head_map.select(pattern_files.read_scores(str(f / f"x.{kind}"), SHAPE), 0.25)
+        for f, kind in zip(folders, ("tsv", "pt", "json", "json"), strict=True)
     ]
     assert maps[0].num_retrieval_heads == 23
     assert all(other == maps[0] for other in maps)
@@ -138,6 +250,7 @@ def test_gates_separate_what_the_prompts_need(model_path):
     [
         (["--text", "nowhere.txt"], "--text must be a readable text file"),
         (["--needle-tokens", "300"], "--needle-tokens must be at least"),
+        (["--device", "nowhere"], "nowhere"),
     ],
 )
 def test_refused(model_path, tmp_path, capsys, arguments, message):

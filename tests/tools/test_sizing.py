@@ -7,10 +7,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    Exaone4Config,
+    FalconConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MllamaConfig,
+    Qwen2Config,
+    T5Config,
+    WhisperConfig,
+)
 from vllm.v1.core.kv_cache_utils import (
     _get_kv_cache_groups_uniform_page_size,
     get_max_concurrency_for_kv_cache_config,
+    unify_kv_cache_spec_page_size,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -19,7 +33,8 @@ from tests.helpers.heads_reference import random_heads
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import cli, sizing
+from vllm_sink.tools import cli, model_layers, sizing
+from vllm_sink.tools.cache_shape import CacheShape, LayerKind
 
 LLAMA = LlamaConfig(
     num_hidden_layers=32,
@@ -35,27 +50,31 @@ GEMMA3 = Gemma3TextConfig(
     sliding_window=1024,
 )
 GPT_OSS = GptOssConfig(num_hidden_layers=24)
-MODELS = {"llama": LLAMA, "gemma3": GEMMA3, "gpt_oss": GPT_OSS}
-LAYERS = {"llama": (32, 0), "gemma3": (10, 52), "gpt_oss": (12, 12)}
+# Unequal pages: five layers with a window of 512 to one full layer of twice the head.
+GEMMA4 = Gemma4TextConfig(num_hidden_layers=30)
+MODELS = {"llama": LLAMA, "gemma3": GEMMA3, "gpt_oss": GPT_OSS, "gemma4": GEMMA4}
+LAYERS = {"llama": (32, 0), "gemma3": (10, 52), "gpt_oss": (12, 12), "gemma4": (5, 25)}
 
 
 def vllm_groups(shape, policy, block_size):
     """vLLM's KV cache groups for the layers of ``shape``."""
-    common = dict(
-        block_size=block_size,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_size,
-        dtype=torch.bfloat16,
-    )
-    full = FullAttentionSpec(**common)
-    if policy is not None:
-        config = SinkConfig(policy.num_sink_tokens, policy.window_size)
-        full = SinkSpec.from_full(full, config)
-    specs = {f"full.{i}": full for i in range(shape.num_full_layers)}
-    for i in range(shape.num_sliding_layers):
-        specs[f"own.{i}"] = SlidingWindowSpec(
-            **common, sliding_window=shape.sliding_window
+    specs = {}
+    for kind in shape.kinds:
+        common = dict(
+            block_size=block_size,
+            num_kv_heads=kind.num_kv_heads,
+            head_size=kind.head_size,
+            dtype=torch.bfloat16,
         )
+        spec = FullAttentionSpec(**common)
+        if kind.window:
+            spec = SlidingWindowSpec(**common, sliding_window=kind.window)
+        elif policy is not None:
+            config = SinkConfig(policy.num_sink_tokens, policy.window_size)
+            spec = SinkSpec.from_full(spec, config)
+        for _ in range(kind.num_layers):
+            specs[f"{len(specs)}"] = spec
+    specs = unify_kv_cache_spec_page_size(specs)
     return _get_kv_cache_groups_uniform_page_size(specs)
 
 
@@ -109,7 +128,80 @@ def test_startup_figure_of_an_engine(model_path):
 )
 def test_tensor_parallel_splits_kv_heads(tensor_parallel_size, heads):
     shape = sizing.read_shape(LLAMA, "float16", tensor_parallel_size)
-    assert shape.num_kv_heads == heads
+    assert [kind.num_kv_heads for kind in shape.kinds] == [heads]
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        (FalconConfig(num_attention_heads=8, multi_query=True), 1),
+        (FalconConfig(num_attention_heads=8, multi_query=False), 8),
+        (
+            FalconConfig(
+                num_attention_heads=8, num_kv_heads=2, new_decoder_architecture=True
+            ),
+            2,
+        ),
+    ],
+)
+@pytest.mark.parametrize("has_vllm", [True, False])
+def test_falcons_kv_heads(config, heads, has_vllm, monkeypatch):
+    monkeypatch.setattr(model_layers, "_has_vllm", lambda: has_vllm)
+    (kind,) = sizing.read_shape(config).kinds
+    assert (kind.num_layers, kind.num_kv_heads) == (config.num_hidden_layers, heads)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "size"),
+    [
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, 1),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, 2),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, 1),
+        ({"quant_method": "gptq", "bits": 4}, 2),
+    ],
+)
+def test_the_cache_that_a_checkpoint_orders(quantization, size):
+    config = LlamaConfig(dtype="bfloat16", quantization_config=quantization)
+    assert sizing.read_shape(config).bytes_per_value == size
+    ordered = sizing.read_shape(config, cache_dtype="bfloat16")
+    assert ordered.bytes_per_value == 2
+
+
+def test_a_checkpoint_in_fp32_is_served_in_bfloat16():
+    assert sizing.read_shape(LlamaConfig(dtype="float32")).bytes_per_value == 2
+    assert sizing.read_shape(LlamaConfig(), "float32").bytes_per_value == 4
+
+
+@pytest.mark.parametrize("has_vllm", [True, False])
+def test_kv_heads_of_each_layer(has_vllm, monkeypatch):
+    monkeypatch.setattr(model_layers, "_has_vllm", lambda: has_vllm)
+    text = SimpleNamespace(
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=[1, 4, 1],
+        hidden_size=64,
+    )
+    config = SimpleNamespace(
+        get_text_config=lambda decoder: text, model_type="llama", dtype="bfloat16"
+    )
+    shape = sizing.read_shape(config)
+    assert shape.kinds == (LayerKind(2, 0, 1, 16), LayerKind(1, 0, 4, 16))
+    # One group of full attention: a block holds its tokens of all layers.
+    assert shape.pool_block_bytes(16) == 16 * 2 * 2 * 16 * (1 + 4 + 1)
+    with pytest.raises(
+        ValueError, match=r"different numbers of KV heads, got \[1, 4\]"
+    ):
+        model_layers.model_shape(config)
+
+
+def test_exaones_pattern_of_letters(tmp_path):
+    config = Exaone4Config(num_hidden_layers=8, sliding_window=4096).to_dict()
+    config |= {"sliding_window_pattern": "LLLG", "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in (tmp_path, tmp_path / "config.json"):
+        shape = sizing.read_shape(model_layers.read_config(str(name)))
+        counts = [(kind.window, kind.num_layers) for kind in shape.kinds]
+        assert counts == [(0, 2), (4096, 6)]
 
 
 def test_a_window_that_is_switched_off_is_full_attention():
@@ -123,6 +215,11 @@ def test_a_window_that_is_switched_off_is_full_attention():
         (LlamaConfig(kv_lora_rank=512), "MLA"),
         (LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"]), "linear"),
         (LlamaConfig(dtype="float64"), "float64"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "generate text, got 'bert'"),
+        (DistilBertConfig(), "generate text, got 'distilbert'"),
+        (T5Config(), "decoder-only, got the encoder-decoder 't5'"),
+        (WhisperConfig(), "decoder-only, got the encoder-decoder 'whisper'"),
+        (MllamaConfig(), r"cross attention \(cross_attention_layers=\[3, 8"),
     ],
 )
 def test_what_is_not_counted_is_refused_by_name(config, match):
@@ -132,7 +229,7 @@ def test_what_is_not_counted_is_refused_by_name(config, match):
 
 def test_command(model_path, capsys):
     options = "--max-model-len 131072 --block-size 128 --memory 2GiB --window-size 1020"
-    arguments = ["size", "--model", model_path, *options.split()]
+    arguments = ["size", "--model", model_path, "--dtype", "float32", *options.split()]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "30 full-attention layers" in out
@@ -176,7 +273,7 @@ def test_command_with_heads(model_path, capsys, tmp_path):
     pattern = tmp_path / "heads.tsv"
     pattern.write_text("1\t0.5\t0\n" * 30)
     options = "--max-model-len 8010 --block-size 128 --memory 2GiB --window-size 252"
-    arguments = ["size", "--model", model_path, *options.split()]
+    arguments = ["size", "--model", model_path, "--dtype", "float32", *options.split()]
     heads = ["--retrieval-heads", str(pattern), "--retrieval-fraction", "0.5"]
     assert cli.main([*arguments, *heads]) == 0
     out = capsys.readouterr().out
@@ -201,7 +298,12 @@ def test_document_holds_the_calculators_numbers():
     for match in found:
         cells = [float(cell.replace(",", "")) for cell in match.groups()[1:]]
         full, own, window, heads, size, dense_gib, sink_mib, times = cells
-        shape = sizing.CacheShape(*map(int, (full, own, window, heads, size)), 2)
+        kinds = (
+            LayerKind(int(count), int(of_window), int(heads), int(size))
+            for count, of_window in ((full, 0), (own, window))
+            if count
+        )
+        shape = CacheShape(tuple(kinds), 2)
         block = shape.pool_block_bytes(16)
         dense = shape.request_blocks(None, 131_072, 1, 16) * block
         sink = shape.request_blocks(RetentionPolicy(4, 4092), 131_072, 1, 16) * block

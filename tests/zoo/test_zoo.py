@@ -15,6 +15,7 @@ import torch
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.zoo.models import VOCABULARY, ZOO, Entry, save
 from tests.zoo.reference import load, logprobs
+from tests.zoo.sizes import check_size
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
 TOLERANCE = 2e-3
@@ -107,6 +108,7 @@ def test_architecture(entry, tmp_path):
         with sink_engine(path, SINKS, WINDOW, **settings) as llm:
             found["implementation"] = server_of(model_runner(llm).get_model())
             got = prompt_logprobs(llm, [tokens])[0]
+            check_size(entry, path, llm)
         if reference.is_rounded:
             with sink_engine(path, SINKS, LENGTH, **settings) as llm:
                 unlimited = prompt_logprobs(llm, [tokens])[0]

@@ -16,12 +16,15 @@ from vllm_sink.policy.head_map import (
     HeadMap,
     ModelShape,
     check_fraction,
-    check_model,
-    read_scores,
-    recommended_fraction,
+    check_scale,
     select,
 )
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.policy.pattern_files import (
+    check_model,
+    read_scores,
+    recommended_fraction,
+)
 
 SECTION = "sink"
 SinkPositions = Literal["cache", "absolute"]
@@ -40,10 +43,10 @@ class SinkConfig:
             leaves it as it is.
         retrieval_heads: Which KV heads keep more than the policy: a score for each,
             [layers][KV heads], or the path of a pattern file, or paths of several
-            (:mod:`vllm_sink.policy.head_map` lists the formats). None: no head.
+            (:mod:`vllm_sink.policy.pattern_files` lists the formats). None: no head.
         retrieval_fraction: 0 to 1, how many KV heads are retrieval heads, the best
-            by score. None: what the ``config.json`` beside the file recommends,
-            else those with a score of at least 0.5.
+            by score, whatever its scale. None: what the JSON that belongs to the file
+            recommends, else those with a score of at least 0.5 of 0 to 1.
         retrieval_layers: Layers whose KV heads are all retrieval heads.
         retrieval_window_size: W of the retrieval heads; None keeps everything.
         triton_interpreter: For debugging and tests: the CPU serves through the GPU
@@ -143,6 +146,7 @@ class SinkConfig:
             scores = read_scores(self.retrieval_heads, shape)
             if fraction is None:
                 fraction = recommended_fraction(self.retrieval_heads)
+            check_scale(scores, fraction, self.retrieval_heads)
         chosen = select(scores, fraction, self.retrieval_layers or ())
         return replace(
             self,

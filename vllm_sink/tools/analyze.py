@@ -4,9 +4,10 @@
 
 From a Hugging Face forward pass with eager attention, in fp32: how much attention
 each layer and head gives to the first tokens, the sink rates of two papers, and the
-perplexity of the text under a few S at one budget (positions ``absolute``, by a
-mask). Names what in the configuration may make sinks unnecessary. Prints a summary that
-ends with the command to serve the model; ``--out`` gets analysis.json and a heat map.
+perplexity of the text under a few S at one budget (positions ``absolute``). Layers
+with a window of their own keep it. Names what in the configuration may make sinks
+unnecessary. Prints a summary and the command to serve the model, or why it would not
+start; ``--out`` gets analysis.json and a heat map.
 
 The sink metric of a head is the mean attention of all queries to the first token;
 the sink rate is the share of (layer, head) pairs above epsilon: 0.3 in Gu et al.
@@ -16,7 +17,7 @@ the sink rate is the share of (layer, head) pairs above epsilon: 0.3 in Gu et al
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,14 @@ from typing import Any
 
 import torch
 
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools import weak_sinks
+from vllm_sink.tools import serve_command, weak_sinks, written
 from vllm_sink.tools.cli import print_json
+from vllm_sink.tools.heads import attention, texts
+from vllm_sink.tools.reading import load_whole, reading
+
+TOOL = "vllm-sink analyze"
 
 GU_EPSILON, BARBERO_EPSILON = 0.3, 0.8
 RATE_LENGTH = 64  # tokens of a sample for the sink rates
@@ -82,12 +88,11 @@ class AttentionProbe:
 
 def load(name: str):
     """Model (fp32, eager attention) and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    return model, AutoTokenizer.from_pretrained(name)
+    with reading(name):
+        model = load_whole(name, dtype=torch.float32, attn_implementation="eager")
+        return model, AutoTokenizer.from_pretrained(name)
 
 
 @torch.inference_mode()
@@ -119,22 +124,36 @@ def first_tokens_share(model, tokens: torch.Tensor) -> dict[int, float]:
     return dict(zip(FIRST, shares, strict=False))
 
 
-def policy_mask(policy: RetentionPolicy, length: int) -> torch.Tensor:
-    """[1, 1, T, T] additive: 0 where query (row) sees key (column), else -inf-like."""
-    query = torch.arange(length)[:, None]
-    key = torch.arange(length)[None]
-    kept = (key < policy.num_sink_tokens) | (query - key < policy.window_size)
-    hidden = ~(kept & (key <= query))
-    lowest = torch.finfo(torch.float32).min
-    return torch.zeros(length, length).masked_fill_(hidden, lowest)[None, None]
+@contextlib.contextmanager
+def under_policies(model):
+    """The model while its attention obeys a policy: own windows stay in force.
+
+    Raises:
+        ValueError: The architecture does not let its attention be replaced, or has
+            no full-attention layer.
+    """
+    attention.register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention.NAME)
+    try:
+        attention.inspect(model, list(range(8)))
+        yield model
+    finally:
+        model.set_attn_implementation(before)
 
 
 @torch.inference_mode()
-def perplexity(model, tokens: list[int], policy: RetentionPolicy, start: int) -> float:
-    """Perplexity of ``tokens[start:]`` under the policy."""
+def perplexity(
+    model, tokens: list[int], policy: RetentionPolicy | None, start: int
+) -> float:
+    """Perplexity of ``tokens[start:]`` under the policy; None: the model as it is.
+
+    Args:
+        model: Of :func:`under_policies`, where there is a policy.
+    """
     batch = torch.tensor([tokens])
-    mask = policy_mask(policy, len(tokens))
-    logits = model(batch, attention_mask=mask, use_cache=False).logits[0]
+    with attention.Headwise(policy=policy):
+        logits = model(batch, use_cache=False).logits[0]
     nll = torch.nn.functional.cross_entropy(logits[start - 1 : -1], batch[0, start:])
     return math.exp(float(nll))
 
@@ -205,12 +224,17 @@ def analyze(name: str, text: str, num_tokens: int, budget: int) -> dict[str, Any
     if tokenizer.bos_token_id is not None:
         bos = [tokenizer.bos_token_id]
         sinks["with BOS"] = find_sinks(model, tokenizer, tokens, bos)
-    perplexities = {
-        size: perplexity(model, tokens, RetentionPolicy(size, budget - size), budget)
-        for size in CANDIDATES
-        if size < budget
-    }
-    full = perplexity(model, tokens, RetentionPolicy(0, len(tokens)), budget)
+    with under_policies(model):
+        policies = {
+            size: RetentionPolicy(size, budget - size)
+            for size in CANDIDATES
+            if size < budget
+        }
+        perplexities = {
+            size: perplexity(model, tokens, policy, budget)
+            for size, policy in policies.items()
+        }
+    full = perplexity(model, tokens, None, budget)
     return {
         "model": name,
         "num_tokens": len(tokens),
@@ -260,8 +284,16 @@ def summary(result: dict[str, Any]) -> str:
             "a system prompt in sight."
         )
     lines += weak_sinks.verdict(result["by_design"], values)
-    lines += ["", *weak_sinks.serve_command(result["model"], chosen)]
     return "\n".join(lines)
+
+
+def command(result: dict[str, Any]) -> list[str]:
+    """The words of the command that the advice comes to; W is the plugin's default."""
+    section = {
+        "num_sink_tokens": result["recommended_num_sink_tokens"],
+        "window_size": SinkConfig.window_size,
+    }
+    return serve_command.serve_command(result["model"], section)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -298,21 +330,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary or the result; write the files of ``--out``."""
-    text = args.text.read_text(encoding="utf-8")
+    text = texts.read(args.text).content
+    if args.out is not None:
+        record, picture = args.out / "analysis.json", args.out / "first_token.png"
+        written.refuse_foreign(record, [picture], TOOL)
     result = analyze(args.model, text, args.tokens, args.budget or args.tokens // 4)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        written.write_record(record, TOOL, [picture], result)
+        try:
+            draw(result, picture)
+        except ImportError as error:
+            raise ImportError(
+                "the heat map needs matplotlib: pip install 'vllm-sink[eval]'"
+            ) from error
     if args.json:
         print_json(result)
-    else:
-        print(summary(result))
-    if args.out is None:
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "analysis.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    try:
-        draw(result, args.out / "first_token.png")
-    except ImportError as error:
-        raise ImportError(
-            "the heat map needs matplotlib: pip install 'vllm-sink[eval]'"
-        ) from error
+    print(summary(result), flush=True)
+    introduction = (
+        "Serve it so (take the largest window_size that memory allows, up to the "
+        "trained length):"
+    )
+    print("\n".join(["", *serve_command.advice(introduction, command(result))]))
     return 0

@@ -6,8 +6,9 @@ Each tool is a module with a pair of functions::
     run(args) -> int       does it; the exit status. ``args.json``: print JSON alone
 
 A tool raises ValueError or OSError for what its user must change: the message
-becomes one line. Its module is imported when it is asked for, so that ``size``
-doesn't wait for torch.
+becomes one line. So does every other error, with its kind and the model's name, as
+libraries raise all kinds for a model's files; ``--traceback`` shows where. A tool's
+module is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -36,8 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser(arguments).parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:  # a user's files make libraries raise any kind
+        if args.traceback:
+            raise
+        told = one_line(error)
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            kind = type(error).__name__
+            told = f"{args.model}: {kind}: {told} (--traceback shows where)"
+        print(f"error: {told}", file=sys.stderr)
         return 1
 
 
@@ -62,6 +69,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             continue
         tool.add_argument(
             "--json", action="store_true", help="print JSON, for machines"
+        )
+        tool.add_argument(
+            "--traceback", action="store_true", help="show where an error comes from"
         )
         module = importlib.import_module(f"vllm_sink.tools.{module_name}")
         module.configure(tool)

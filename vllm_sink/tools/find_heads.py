@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from vllm_sink.policy.head_map import FACTS
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools import serve_command
 from vllm_sink.tools.cli import print_json
 from vllm_sink.tools.heads import (
     attention,
@@ -91,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
         ValueError: The model, the text or a size is not fit for it.
     """
     policy = RetentionPolicy(args.num_sink_tokens, args.window_size)
+    pictured = [
+        args.out.with_suffix(".png"),
+        args.out.with_name(f"{args.out.stem}_curve.png"),
+    ]
+    pattern.refuse_unwritable(args.out, pictured)
     text = texts.read(args.text)
     with _Progress(quiet=args.json) as progress:
         with progress.step("reading the model", 1) as advance:
@@ -117,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
     share = found.chosen if found else args.fraction
     kept = fraction.best_heads(scores, share)
     config = _config(args, model, text, scores, kept, found)
-    beside = pattern.write(args.out, scores.value, config)
-    drawn, missing = _draw(args.out, scores, kept, found)
+    beside = pattern.write(args.out, scores.value, config, pictured)
+    drawn, missing = _draw(pictured, scores, kept, found)
     if args.json:
         files = [str(path) for path in (args.out, beside, *drawn)]
         report = {
@@ -133,6 +138,13 @@ def run(args: argparse.Namespace) -> int:
         print(summary(args, scores, kept, found, [args.out, beside, *drawn]))
     if missing:
         print(missing, file=sys.stderr)
+    if not args.json:
+        sys.stdout.flush()
+        del model, tokenizer  # the start that is asked for takes their room
+        section = {"retrieval_heads": str(args.out)}
+        command = serve_command.serve_command(args.model, section, args.revision)
+        introduction = f"Serve with them (the fraction is in {beside.name}):"
+        print("\n".join(serve_command.advice(introduction, command)))
     return 0
 
 
@@ -179,21 +191,20 @@ def _config(args, model, text, scores, kept, found) -> dict[str, Any]:
     }
 
 
-def _draw(out: Path, scores, kept, found) -> tuple[list[Path], str]:
+def _draw(paths: list[Path], scores, kept, found) -> tuple[list[Path], str]:
     """The pictures that were drawn, and what to say if none could be."""
-    drawn = [out.with_suffix(".png")]
+    heat_maps, curve = paths
     try:
-        pictures.heat_maps(scores, kept, drawn[0])
+        pictures.heat_maps(scores, kept, heat_maps)
         if found:
-            drawn.append(out.with_name(f"{out.stem}_curve.png"))
-            pictures.curve(found, drawn[1])
+            pictures.curve(found, curve)
     except ImportError:
         return [], "the pictures need matplotlib: pip install 'vllm-sink[eval]'"
-    return drawn, ""
+    return paths if found else [heat_maps], ""
 
 
 def summary(args, scores, kept, found, files) -> str:
-    """What was found, in plain words, and the command to use it."""
+    """What was found, in plain words."""
     layers, count = scores.layers, int(kept.sum())
     total = layers.num_heads
     by_layer = kept.sum(1)
@@ -225,14 +236,10 @@ def summary(args, scores, kept, found, files) -> str:
         f"{share + (1 - share) * min(1, 1028 / tokens):.0%} at {tokens:,} tokens"
         for tokens in (8_192, 32_768, 131_072)
     ]
-    section = {"sink": {"retrieval_heads": str(files[0])}}
     lines += [
         "",
         f"KV memory against full attention with S + W = 1,028: {', '.join(memory)}.",
         f"Written: {', '.join(str(path) for path in files)}",
-        "Serve with them (the fraction is in config.json):",
-        f"  vllm serve {args.model} --attention-backend sink \\",
-        f"      --additional-config '{json.dumps(section)}'",
     ]
     return "\n".join(lines)
 

@@ -3,27 +3,32 @@
 Reads a model's configuration, allocates nothing, and prints the KV cache of
 stock vLLM (dense) against the sink policy. Blocks are counted by
 :class:`vllm_sink.policy.layout.RetentionPolicy`, as the block manager counts them;
-layers are grouped as vLLM groups them, padding included.
+layers are grouped as vLLM groups them, padding included
+(:mod:`vllm_sink.tools.cache_shape`).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
-from vllm_sink.policy.layout import RetentionPolicy, cdiv
-from vllm_sink.policy.resolve import model_shape
+from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.policy.words import format_bytes
+from vllm_sink.tools.cache_shape import CacheShape
 from vllm_sink.tools.cli import print_json
+from vllm_sink.tools.model_layers import (
+    BYTES_PER_VALUE,
+    model_shape,
+    read_config,
+    read_shape,
+)
 
-BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MEMORY_UNITS = {
     "MB": 10**6,
     "GB": 10**9,
@@ -34,175 +39,6 @@ MEMORY_UNITS = {
 }
 # With async scheduling, vLLM's default, one step runs while one is scheduled.
 CONCURRENT_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """What a model writes into the KV cache, for one GPU of the group.
-
-    Args:
-        num_full_layers: Layers with full attention: the policy's.
-        num_sliding_layers: Layers with a window of their own, which they keep.
-        sliding_window: Tokens of that window; 0 without such layers.
-        num_kv_heads: KV heads of one GPU.
-        head_size: Elements of one K (or V) vector.
-        bytes_per_value: Bytes of one element.
-    """
-
-    num_full_layers: int
-    num_sliding_layers: int
-    sliding_window: int
-    num_kv_heads: int
-    head_size: int
-    bytes_per_value: int
-
-    @property
-    def layer_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_size * self.bytes_per_value
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in all layers."""
-        layers = self.num_full_layers + self.num_sliding_layers
-        return layers * self.layer_bytes_per_token
-
-    @property
-    def layers_per_group(self) -> int:
-        """Layers that share a block table, as vLLM groups a hybrid model.
-
-        The smaller kind's number of layers, or the larger's when the two are
-        within half of each other; short groups are padded.
-        """
-        kinds = [n for n in (self.num_full_layers, self.num_sliding_layers) if n]
-        return max(kinds) if max(kinds) < 1.5 * min(kinds) else min(kinds)
-
-    def pool_block_bytes(self, block_size: int) -> int:
-        """Bytes of one block of the pool: ``block_size`` tokens of one group."""
-        return self.layers_per_group * block_size * self.layer_bytes_per_token
-
-    def request_blocks(
-        self,
-        policy: RetentionPolicy | None,
-        num_tokens: int,
-        in_flight_tokens: int,
-        block_size: int,
-    ) -> int:
-        """Most pool blocks that one request of ``num_tokens`` holds.
-
-        Args:
-            policy: The policy of the full-attention layers; None is dense.
-            num_tokens: Length of the request, prompt and answer.
-            in_flight_tokens: Its tokens scheduled and not yet settled.
-            block_size: Tokens a block.
-        """
-        dense = cdiv(num_tokens, block_size)
-        full = (
-            policy.max_blocks(in_flight_tokens, num_tokens, block_size)
-            if policy
-            else dense
-        )
-        blocks = cdiv(self.num_full_layers, self.layers_per_group) * full
-        if self.num_sliding_layers:
-            own = RetentionPolicy(0, self.sliding_window)
-            blocks += cdiv(
-                self.num_sliding_layers, self.layers_per_group
-            ) * own.max_blocks(in_flight_tokens, num_tokens, block_size)
-        return blocks
-
-
-def read_shape(
-    config: Any, dtype: str = "auto", tensor_parallel_size: int = 1
-) -> CacheShape:
-    """The cache shape of a Hugging Face ``config``.
-
-    Raises:
-        ValueError: A kind of attention that isn't counted here, by name.
-    """
-    text = config.get_text_config(decoder=True)
-
-    def get(name: str) -> Any:
-        return getattr(text, name, None)
-
-    for name, what in (
-        ("kv_lora_rank", "MLA"),
-        ("global_head_dim", "head sizes that differ between layers"),
-        ("block_configs", "blocks that differ between layers"),
-        ("layers_block_type", "state-space layers"),
-        ("hybrid_override_pattern", "state-space layers"),
-        ("attention_chunk_size", "chunked attention"),
-    ):
-        if get(name) is not None:
-            raise ValueError(
-                f"model must have plain attention layers, got {what} ({name}="
-                f"{get(name)!r}); read vLLM's own figure in its start-up log"
-            )
-    for name in ("num_hidden_layers", "num_attention_heads"):
-        _check_count(name, get(name))
-    for name in ("num_key_value_heads", "head_dim", "hidden_size", "sliding_window"):
-        if get(name):
-            _check_count(name, get(name))
-    num_layers = text.num_hidden_layers
-    window = get("sliding_window") or None
-    if get("use_sliding_window") is False:
-        window = None
-    layer_types = (
-        get("layer_types")
-        or ["sliding_attention" if window else "full_attention"] * num_layers
-    )
-    kinds = ("full_attention", "sliding_attention")
-    if not isinstance(layer_types, (list, tuple)) or any(
-        kind not in kinds for kind in layer_types
-    ):
-        raise ValueError(
-            f"layer_types must be a list of {' and '.join(kinds)}, got "
-            f"{layer_types!r}; read vLLM's own figure in its start-up log"
-        )
-    # Layers that reuse the cache of an earlier layer write none of their own.
-    if shared := get("num_kv_shared_layers"):
-        _check_count("num_kv_shared_layers", shared, below=len(layer_types))
-        layer_types = layer_types[: num_layers - shared]
-    num_sliding = layer_types.count("sliding_attention")
-    if num_sliding and not window:
-        raise ValueError(
-            f"sliding_window must be a number of tokens, got {window!r} in a model "
-            f"with {num_sliding} sliding_attention layers; give it in config.json"
-        )
-    heads = text.num_attention_heads
-    head_size = get("head_dim") or (get("hidden_size") or 0) // heads
-    if not head_size or not layer_types:
-        raise ValueError(
-            "model must have attention layers of a known head size, got "
-            f"hidden_size={get('hidden_size')!r} and {len(layer_types)} layers; mend "
-            "the model's config.json"
-        )
-    if dtype == "auto":
-        dtype = str(get("dtype") or "bfloat16").removeprefix("torch.")
-    if dtype not in BYTES_PER_VALUE:
-        raise ValueError(
-            f"dtype must be one of {', '.join(BYTES_PER_VALUE)}, got {dtype!r}; "
-            "pass --dtype"
-        )
-    return CacheShape(
-        num_full_layers=len(layer_types) - num_sliding,
-        num_sliding_layers=num_sliding,
-        sliding_window=window if num_sliding and window else 0,
-        # Fewer KV heads than GPUs: vLLM replicates them.
-        num_kv_heads=max(
-            1, (get("num_key_value_heads") or heads) // tensor_parallel_size
-        ),
-        head_size=head_size,
-        bytes_per_value=BYTES_PER_VALUE[dtype],
-    )
-
-
-def _check_count(name: str, value: Any, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < below:
-        limit = "" if math.isinf(below) else f" and < {below}"
-        raise ValueError(
-            f"{name} must be an integer > 0{limit}, got {value!r}; mend the model's "
-            "config.json"
-        )
 
 
 def parse_memory(text: str) -> int:
@@ -231,7 +67,7 @@ def measure(
     full-attention layers: beyond the budget it takes the place of an evicted one.
     """
     block_bytes = shape.pool_block_bytes(block_size)
-    full_bytes = shape.num_full_layers * shape.layer_bytes_per_token
+    full_bytes = shape.full_bytes_per_token
     past = policy is not None and num_tokens > policy.budget
     result: dict[str, Any] = {"growth_bytes": 0 if past else full_bytes}
     for name, in_flight in (
@@ -280,16 +116,16 @@ def heads_memory(
     """
     heads = config.head_map
     assert heads is not None and not heads.is_uniform, heads
-    if shape.num_sliding_layers:
+    if len(shape.kinds) > 1:
         raise ValueError(
-            "retrieval_heads must be left out for a model with layers that have "
-            f"windows of their own, got {shape.num_sliding_layers} of them; leave "
-            "--retrieval-heads out"
+            "retrieval_heads must be left out for a model with layers of several kinds,"
+            f" got {describe(shape)}; leave --retrieval-heads out"
         )
+    (kind,) = shape.kinds
     held, counts = heads_of_workers(heads, tensor_parallel_size, 0)
-    head_bytes = block_size * shape.layer_bytes_per_token
+    head_bytes = block_size * shape.layer_bytes(kind)
     if heads.splits_layers:
-        head_bytes //= shape.num_kv_heads
+        head_bytes //= kind.num_kv_heads
     return RequestMemory(
         grouping=choose_grouping(counts.values()),
         num_heads=sum(counts[held]),
@@ -330,6 +166,18 @@ def rows(
     return table
 
 
+def describe(shape: CacheShape) -> str:
+    """The layers in words."""
+    told = []
+    for kind in shape.kinds:
+        own = f" with their own window of {kind.window:,}" if kind.window else ""
+        told.append(
+            f"{kind.num_layers} {'' if own else 'full-attention '}layers{own}, "
+            f"{kind.num_kv_heads} KV heads of {kind.head_size}"
+        )
+    return "; ".join(told)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vllm-sink size``."""
     parser.description = (
@@ -349,7 +197,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--retrieval-fraction", type=float, help="how many of them; 0 to 1")
     add("--retrieval-window-size", type=int, help="their window; default: everything")
     add("--block-size", type=_positive, default=16, help="16 on GPUs, 128 on CPUs")
-    add("--dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
+    dtypes = [name for name in BYTES_PER_VALUE if name != "fp8"]
+    add("--dtype", default="auto", choices=["auto", *dtypes])
+    add("--kv-cache-dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
     add("--tensor-parallel-size", type=_positive, default=1)
     add("--max-num-batched-tokens", type=_positive, default=2048)
 
@@ -365,10 +215,10 @@ def run(args: argparse.Namespace) -> int:
     )
     policy = settings.policy
 
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(args.model)
-    shape = read_shape(config, args.dtype, args.tensor_parallel_size)
+    config = read_config(args.model)
+    shape = read_shape(
+        config, args.dtype, args.tensor_parallel_size, args.kv_cache_dtype
+    )
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     num_tokens = args.max_model_len or trained
     if not num_tokens:
@@ -384,7 +234,9 @@ def run(args: argparse.Namespace) -> int:
     dense = measure(shape, None, **request, block_size=args.block_size)
     sink = measure(shape, policy, **request, block_size=args.block_size)
     header = f"sink {policy.num_sink_tokens}+{policy.window_size}"
-    heads = settings.resolved(model_shape(config)).head_map
+    if settings.has_retrieval:
+        settings = settings.resolved(model_shape(config, repr(args.model)))
+    heads = settings.head_map
     if heads is not None and heads.num_retrieval_heads:
         kept = settings.retrieval_policy
         kind = "all" if kept is None else f"{kept.num_sink_tokens}+{kept.window_size}"
@@ -392,9 +244,8 @@ def run(args: argparse.Namespace) -> int:
         if heads.is_uniform:
             sink = measure(shape, kept, **request, block_size=args.block_size)
         else:
-            resolved = settings.resolved(model_shape(config))
             memory = heads_memory(
-                shape, resolved, args.tensor_parallel_size, args.block_size
+                shape, settings, args.tensor_parallel_size, args.block_size
             )
             sink = measure_heads(memory, **request)
     if args.json:
@@ -413,16 +264,10 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    layers = f"{shape.num_full_layers} full-attention layers"
-    if shape.num_sliding_layers:
-        layers += (
-            f", {shape.num_sliding_layers} with their own window of "
-            f"{shape.sliding_window:,}"
-        )
     title = (
-        f"{os.path.basename(args.model.rstrip('/'))}: {layers}; on each of "
-        f"{args.tensor_parallel_size} GPU(s) {shape.num_kv_heads} KV heads of "
-        f"{shape.head_size}, {shape.bytes_per_value} bytes a value"
+        f"{os.path.basename(args.model.rstrip('/'))}, on each of "
+        f"{args.tensor_parallel_size} GPU(s): {describe(shape)}; "
+        f"{shape.bytes_per_value} byte(s) a value"
     )
     lines = rows(shape, (dense, sink), args.memory, num_tokens)
     print_table(title, ("", "dense", header), lines)

@@ -1,4 +1,4 @@
-"""Models that may need no sink tokens, told from their configuration, and the advice.
+"""Models that may need no sink tokens, told from their configuration.
 
 Two designs weaken the first tokens' pull: a learned *sink logit* in the softmax's
 denominator (not a token: it takes no cache), and a *gated attention output*, which lets
@@ -8,11 +8,7 @@ with either still needs sink tokens is measured, never assumed.
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from typing import Any
-
-from vllm_sink.policy.config import SinkConfig
 
 # model_type -> where; as transformers 5.19 and vLLM 0.32 build them.
 SINK_LOGITS = {
@@ -75,19 +71,4 @@ def verdict(found: list[str], perplexities: dict[int, float]) -> list[str]:
     return [
         f"By its configuration the model has {' and '.join(found)}: it may need no "
         f"sink tokens. Measured, not assumed: perplexity at {values}."
-    ]
-
-
-def serve_command(model: str, num_sink_tokens: int) -> list[str]:
-    """The command line that the advice comes to; W is the plugin's default."""
-    defaults = {field.name: field.default for field in fields(SinkConfig)}
-    section = {
-        "num_sink_tokens": num_sink_tokens,
-        "window_size": defaults["window_size"],
-    }
-    return [
-        "Serve it so (take the largest window_size that memory allows, up to the "
-        "trained length):",
-        f"  vllm serve {model} --attention-backend sink \\",
-        f"      --additional-config '{json.dumps({'sink': section})}'",
     ]

@@ -21,6 +21,7 @@ import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads.call import AttentionCall, Watch
+from vllm_sink.tools.reading import load_whole, reading
 
 NAME = "vllm_sink_headwise"
 WINDOWED = ("sliding_attention", "chunked_attention")
@@ -102,17 +103,18 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu", revision=None):
         dtype: ``auto`` is the checkpoint's own.
 
     Raises:
-        ValueError: The architecture does not let its attention be replaced.
+        ValueError: It can't be read, not all of its weights are there, or the
+            architecture does not let its attention be replaced.
     """
     import transformers
 
     register()
-    with _quiet(transformers):
+    with reading(name), _quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = load_whole(
             name, dtype=dtype, attn_implementation=NAME, revision=revision
         )
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     return model.to(device), tokenizer
 
 

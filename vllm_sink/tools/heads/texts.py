@@ -54,7 +54,7 @@ def read(path: Path | None) -> Text:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--text must be a readable text file in UTF-8, got {str(path)!r} "
-            f"({error}); leave it out to use the prose that Python carries"
+            f"({error}); give a file of prose"
         ) from None
 
 

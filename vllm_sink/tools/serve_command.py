@@ -1,0 +1,67 @@
+"""The command that a tool's advice comes to: printed if it starts, else why not."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from typing import Any
+
+
+def serve_command(
+    model: str, section: dict[str, Any], revision: str | None = None
+) -> list[str]:
+    """The words of ``vllm serve``.
+
+    Args:
+        section: The ``sink`` section.
+        revision: Of the model on the Hub.
+    """
+    words = ["vllm", "serve", model]
+    if revision is not None:
+        words += ["--revision", revision]
+    words += ["--attention-backend", "sink"]
+    return [*words, "--additional-config", json.dumps({"sink": section})]
+
+
+def refusal(command: list[str]) -> str | None:
+    """Why the command would not start on this machine; None if it starts.
+
+    Asks ``vllm-sink check``, which starts it with random weights.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed here, which tells whether it starts"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_sink.tools import check
+
+    # vLLM logs to standard output, which is the tool's.
+    with contextlib.redirect_stdout(sys.stderr):
+        return check.check(command[2], command[3:])["refusal"]
+
+
+def advice(introduction: str, command: list[str]) -> list[str]:
+    """Lines: the introduction and the command to type, or why there is none.
+
+    Takes an engine's start: let go of models that are loaded before.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    told = refusal(command)
+    if told is not None:
+        return [f"No command is printed to serve it so, as it would not start: {told}"]
+    return [introduction, *printed(command)]
+
+
+def printed(command: list[str]) -> list[str]:
+    """The command on two lines, quoted for a shell."""
+    cut = command.index("--additional-config")
+    return [
+        f"  {shlex.join(command[:cut])} \\",
+        f"      {shlex.join(command[cut:])}",
+    ]
