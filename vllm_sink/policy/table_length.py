@@ -22,6 +22,7 @@ where the latter is not given vLLM's table is of a plain rotation.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -308,12 +309,15 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m vllm_sink.policy.table_length MODEL MAX_MODEL_LEN")
         return 2
     try:
-        overrides = overrides_for(arguments[0], int(arguments[1]))
+        with contextlib.redirect_stdout(sys.stderr):  # where vLLM's log goes
+            overrides = overrides_for(arguments[0], int(arguments[1]))
     except (OSError, ValueError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
-    needed = flag(overrides) if overrides else "none: its rotary table is long enough"
-    print(needed)
+    if overrides:
+        print(flag(overrides))
+    else:
+        print("its own rotary table is long enough", file=sys.stderr)
     return 0
 
 
