@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.policy import table_length
+from vllm_sink.policy import rotary_rows, table_length
 from vllm_sink.policy.own_rotation import rotation_change
 
 TRAINED, ASKED = 128, 1000
@@ -45,7 +45,7 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, **BASE}
 KINDS = {
     "plain": {"rope_type": "default", **BASE},
-    "linear": {"rope_type": "linear", "factor": 4.0, **BASE},
+    "linear": {"rope_type": "linear", "factor": 3.0, **BASE},
     "llama3": LLAMA3,
     "yarn": YARN,
     "yarn, betas of its own": YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
@@ -85,15 +85,15 @@ def text_config(kind: str, **changes) -> SimpleNamespace:
 def test_a_remedy_adds_rows_and_changes_none(kind):
     """By vLLM's own rotary modules; and where the blind override does, it is seen."""
     own = text_config(kind)
-    assert table_length.own_max_model_len(own) < ASKED
+    assert rotary_rows.own_max_model_len(own) < ASKED
     blind = text_config(kind, max_position_embeddings=ASKED)
     seen = rotation_change(own, blind, HEAD_SIZE, ASKED)
     assert (seen is not None) == (kind in FRAGILE), seen
-    remedied = text_config(kind, **table_length.longer_table(own, ASKED))
+    remedied = text_config(kind, **rotary_rows.longer_table(own, ASKED))
     assert rotation_change(own, remedied, HEAD_SIZE, ASKED) is None
-    assert ASKED <= table_length.own_max_model_len(remedied) < ASKED + 8
+    assert ASKED <= rotary_rows.own_max_model_len(remedied) < ASKED + 8
     table, length = remedied.rope_parameters, remedied.max_position_embeddings
-    assert num_built_rows(length, table) == table_length.num_rows(length, table)
+    assert num_built_rows(length, table) == rotary_rows.num_rows(length, table)
 
 
 def num_built_rows(length: int, table: dict) -> int:

@@ -18,7 +18,7 @@ from tests.zoo.reference import load, logprobs
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
 # Fewer blocks than the text has: what is freed is written again.
-POOL = {"block_size": 32, "num_gpu_blocks_override": 10}
+BLOCK, BLOCKS = 32, {1: 10, 2: 16}  # by how many kinds of layers there are
 TOLERANCE = 2e-3
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 # Both modes of every architecture; else `absolute`, which knows nothing of rotations,
@@ -98,7 +98,8 @@ def test_architecture(entry, tmp_path, request):
             "max_model_len": 512,
             "max_num_batched_tokens": 96,
             "max_num_seqs": 4,
-            **POOL,
+            "block_size": BLOCK,
+            "num_gpu_blocks_override": BLOCKS[num_kinds(entry)],
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
             **entry.settings,
@@ -129,6 +130,10 @@ def test_architecture(entry, tmp_path, request):
     if FOUND:
         with open(FOUND, "a") as file:
             file.write(json.dumps([entry.name, found]) + "\n")
+
+
+def num_kinds(entry: Entry) -> int:
+    return len(set(entry.config.get("layer_types", "."))) or 1
 
 
 def server_of(model: torch.nn.Module) -> str:

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_sink.policy import table_length
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.refusal import Refusal
-from vllm_sink.policy.table_length import ROTATION_KEYS, num_rows, rope_tables
+from vllm_sink.policy.rotary_rows import (
+    longer_table,
+    num_rows,
+    own_max_model_len,
+    rope_tables,
+)
+from vllm_sink.policy.table_length import ROTATION_KEYS
 
 if TYPE_CHECKING:
     import torch
@@ -97,12 +103,12 @@ def _remedy(model: Any, hf_config: Any, text_config: Any) -> str:
     """What to type instead; tried before it is said."""
     kept = table_length.without_rotation(model.hf_overrides)
     rest = f"pass {table_length.flag(kept)}" if kept else "drop --hf-overrides"
-    most = table_length.own_max_model_len(text_config)
+    most = own_max_model_len(text_config)
     size, length = model.get_head_size(), model.max_model_len
     if length <= most:
         return rest
     longer = table_length.longer_overrides(hf_config, text_config, length, kept)
-    changes = table_length.longer_table(text_config, length)
+    changes = longer_table(text_config, length)
     if longer and changes:
         changed = SimpleNamespace(**{**_fields(text_config), **changes})
         if not rotation_change(text_config, changed, size, length, set(changes)):
