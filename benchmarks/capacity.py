@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common
+from vllm_sink.policy.table_length import overrides_for
 
 BLOCK_SIZE = 128
 CHUNK = 2048
@@ -92,7 +93,7 @@ def throughput(engine: str, model: str, context: int, num_prompts: int) -> dict:
             *("--max-num-batched-tokens", "512", "--max-num-seqs", "16"),
             *("--max-model-len", str(max_model_len), "--no-enable-prefix-caching"),
             "--hf-overrides",
-            json.dumps({"max_position_embeddings": max_model_len}),
+            json.dumps(overrides_for(model, max_model_len)),
         ]
         command += common.flags(engine)
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ)

@@ -225,6 +225,8 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
+        from vllm_sink.policy.table_length import overrides_for
+
         if name == "sink":
             kwargs["attention_backend"] = "sink"
             kwargs["additional_config"] = POLICY
@@ -234,7 +236,7 @@ class Engine:
             dtype=dtype,
             enforce_eager=True,
             max_model_len=max_model_len,
-            hf_overrides={"max_position_embeddings": max_model_len},
+            hf_overrides=overrides_for(model, max_model_len),
             **{"max_num_batched_tokens": 2048, "max_num_seqs": 16, **kwargs},
         )
         self.engine = self.llm.llm_engine

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 def open_engine(model: str, policy: Policy, max_model_len: int) -> Iterator[LLM]:
     """An fp32 engine under ``policy`` for texts of ``max_model_len`` tokens.
 
-    The model's trained length is overridden where it is shorter.
+    The rotary table is lengthened where the model's own is shorter.
     """
     # In one process the next engine starts in seconds.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from transformers import AutoConfig
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    overrides: dict[str, Any] = {}
-    if AutoConfig.from_pretrained(model).max_position_embeddings < max_model_len:
-        overrides["hf_overrides"] = {"max_position_embeddings": max_model_len}
+    from vllm_sink.policy.table_length import overrides_for
+
     llm = LLM(
         model,
         dtype="float32",
@@ -37,7 +35,7 @@ def open_engine(model: str, policy: Policy, max_model_len: int) -> Iterator[LLM]
         max_model_len=max_model_len,
         max_num_batched_tokens=2048,
         disable_log_stats=True,
-        **overrides,
+        hf_overrides=overrides_for(model, max_model_len),
         **policy.engine_args(),
     )
     try:

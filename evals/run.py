@@ -60,16 +60,15 @@ def expand_tasks(names: list[str]) -> list[str]:
 def engine_args(args: argparse.Namespace, policy: Policy) -> dict[str, Any]:
     """Arguments of the harness's ``vllm`` model for this policy."""
     import torch
-    from transformers import AutoConfig
+
+    from vllm_sink.policy.table_length import overrides_for
 
     arguments: dict[str, Any] = {"pretrained": args.model}
     if not torch.cuda.is_available():
         arguments.update(dtype="float32", enforce_eager=True)
     if args.max_model_len:
         arguments["max_model_len"] = args.max_model_len
-        trained = AutoConfig.from_pretrained(args.model).max_position_embeddings
-        if args.max_model_len > trained:
-            overrides = {"max_position_embeddings": args.max_model_len}
+        if overrides := overrides_for(args.model, args.max_model_len):
             arguments["hf_overrides"] = overrides
     arguments.update(args.engine_args)
     arguments.update(policy.engine_args())

@@ -47,7 +47,8 @@ PY
 # A row of the rotary table for every position, past the trained length too.
 overrides=()
 if ((trained < 16384)); then
-    overrides=(--hf-overrides '{"max_position_embeddings": 16384}')
+    # The flag as it is typed, quoted; nothing where the table is long enough.
+    eval "overrides=($("$PYTHON" -m vllm_sink.policy.table_length "$model" 16384 2>/dev/null))"
 fi
 
 server=''

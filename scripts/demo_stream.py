@@ -76,15 +76,14 @@ def run_policy(args: argparse.Namespace) -> None:
     """Stream the text through one engine and report to the parent."""
     from vllm import LLM, SamplingParams
 
+    from vllm_sink.policy.table_length import overrides_for
+
     kwargs = {}
     if args.policy == "sink":
         kwargs["attention_backend"] = "sink"
         kwargs["additional_config"] = {
             "sink": {"num_sink_tokens": args.sinks, "window_size": args.window}
         }
-    if args.trained_length < MAX_MODEL_LEN:
-        # A row of the rotary table for every position.
-        kwargs["hf_overrides"] = {"max_position_embeddings": MAX_MODEL_LEN}
     llm = LLM(
         args.model,
         dtype=args.dtype,
@@ -92,6 +91,8 @@ def run_policy(args: argparse.Namespace) -> None:
         disable_log_stats=True,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=CHUNK,
+        # A row of the rotary table for every position.
+        hf_overrides=overrides_for(args.model, MAX_MODEL_LEN),
         **kwargs,
     )
     tokens = llm.get_tokenizer()(read_text(args.text))["input_ids"][: LENGTHS[-1]]

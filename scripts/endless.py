@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import json
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
@@ -50,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 def read_text(path: str | None) -> Iterator[str]:
     """Pieces of text; a file ends, Python's manual starts over."""
     if path == "-":
-        yield from sys.stdin
+        yield from read_lines(sys.stdin.fileno())
     elif path is not None:
         with open(path, errors="replace") as file:
             yield from file
@@ -60,6 +62,22 @@ def read_text(path: str | None) -> Iterator[str]:
         while True:
             for key in sorted(topics):
                 yield topics[key]
+
+
+def read_lines(descriptor: int) -> Iterator[str]:
+    """Lines of a pipe or a terminal; bytes that are no UTF-8 are replaced.
+
+    Past Python's buffers: their locks can't be had while a thread waits in a read,
+    and the interpreter wants them when it ends.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
+    while data := os.read(descriptor, 1 << 16):
+        *lines, rest = (rest + decoder.decode(data)).split("\n")
+        for line in lines:
+            yield line + "\n"
+    if rest := rest + decoder.decode(b"", final=True):
+        yield rest
 
 
 def chunks(pieces: Iterator[str], tokenizer, size: int) -> Iterator[list[int]]:
@@ -106,6 +124,33 @@ def resident_mib() -> float:
     return total / 2**20
 
 
+class Turns:
+    """Turns that a thread reads: a log may be silent for hours.
+
+    The thread ends with the process: nobody waits for a read that nothing may end.
+    """
+
+    def __init__(self, pieces: Iterator[list[int]]) -> None:
+        self.queue: asyncio.Queue = asyncio.Queue(maxsize=1)
+        self.held: list[int] | None = None  # was taken and handed back
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, args=(pieces, loop), daemon=True).start()
+
+    def _read(self, pieces: Iterator[list[int]], loop) -> None:
+        try:
+            for piece in pieces:
+                asyncio.run_coroutine_threadsafe(self.queue.put(piece), loop).result()
+        finally:
+            asyncio.run_coroutine_threadsafe(self.queue.put(None), loop)
+
+    async def next(self) -> list[int] | None:
+        """The next turn's tokens; None: the text has ended."""
+        if self.held is not None:
+            turn, self.held = self.held, None
+            return turn
+        return await self.queue.get()
+
+
 class Session:
     """One request that is fed turn by turn.
 
@@ -113,10 +158,11 @@ class Session:
         engine: An ``AsyncLLM``.
         opening: Tokens that come first: the sinks are among them.
         text: Where turns come from; shared with the session after this one.
-        room: Tokens of the session, answers included.
+        room: Tokens of the session, answers included: past ``max_model_len`` vLLM's
+            whole engine ends.
     """
 
-    def __init__(self, engine, opening, text, room: int, answer: int) -> None:
+    def __init__(self, engine, opening, text: Turns, room: int, answer: int) -> None:
         self.engine = engine
         self.opening = opening
         self.text = text
@@ -128,26 +174,26 @@ class Session:
         self._answered = asyncio.Event()
 
     async def turns(self) -> AsyncGenerator:
-        """A turn when the one before is answered; ends when the room does."""
+        """A turn when the one before is answered; ends before the room does."""
         from vllm.engine.protocol import StreamingInput
 
         first = self.opening
         while True:
-            # A log may be silent for hours: don't hold up the event loop.
-            tokens = await asyncio.to_thread(next, self.text, None)
+            tokens = await self.text.next()
             if tokens is None:
                 self.is_over = True
                 return
-            self.recent.append(tokens)
-            self._answered.clear()
             # vLLM extends this list in place: give it one of its own.
             prompt = [*first, *tokens]
+            if self.num_tokens + len(prompt) + self.answer > self.room:
+                self.text.held = tokens  # the next session's
+                return
+            self.recent.append(tokens)
+            self._answered.clear()
             self.num_tokens += len(prompt)
             yield StreamingInput(prompt={"prompt_token_ids": prompt})
             first = []
             await self._answered.wait()
-            if self.num_tokens + len(tokens) + 2 * self.answer > self.room:
-                return
 
     async def run(self, name: str) -> AsyncGenerator[tuple[str, float], None]:
         """(answer, seconds a token) of every turn."""
@@ -178,18 +224,18 @@ class Session:
                 self._answered.set()
 
 
-async def follow(args: argparse.Namespace) -> None:
-    """Session after session, until the text ends or ``--tokens`` are read."""
-    from transformers import AutoConfig
+def open_engine(args: argparse.Namespace):
+    """An ``AsyncLLM`` whose rotary table has a row for every position."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    trained = AutoConfig.from_pretrained(args.model).get_text_config()
-    overrides = {}
-    if trained.max_position_embeddings < args.max_model_len:
-        # A row of the rotary table for every position.
-        overrides = {"max_position_embeddings": args.max_model_len}
-    engine = AsyncLLM.from_engine_args(
+    from vllm_sink.policy.table_length import overrides_for
+
+    try:
+        overrides = overrides_for(args.model, args.max_model_len)
+    except ValueError as error:
+        sys.exit(f"--max-model-len: {error}")
+    return AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             args.model,
             attention_backend="sink",
@@ -203,9 +249,14 @@ async def follow(args: argparse.Namespace) -> None:
             distributed_executor_backend="ray" if args.ray else None,
         )
     )
+
+
+async def follow(args: argparse.Namespace) -> None:
+    """Session after session, until the text ends or ``--tokens`` are read."""
+    engine = open_engine(args)
     print(f"metrics: http://127.0.0.1:{metrics_page(args.port)}/metrics", flush=True)
     tokenizer = engine.get_tokenizer()
-    text = chunks(read_text(args.text), tokenizer, args.chunk)
+    text = Turns(chunks(read_text(args.text), tokenizer, args.chunk))
     opening = tokenizer(OPENING)["input_ids"]
     start, total = opening, 0
     print(f"{'tokens':>10} {'KV blocks':>9} {'MiB':>7} {'ms a token':>10}", flush=True)

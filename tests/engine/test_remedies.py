@@ -3,12 +3,15 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.helpers.random_llama import save_llama
+from vllm_sink.policy import rotary_rows, table_length
+from vllm_sink.policy.own_rotation import rotation_change
 
 TRAINED, ASKED = 128, 1000
 TINY = {
@@ -32,13 +35,219 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": TRAINED,
 }
+LONGROPE = {
+    **BASE,
+    "rope_type": "longrope",
+    "original_max_position_embeddings": TRAINED // 4,
+    "short_factor": [1.0 + 0.02 * i for i in range(16)],
+    "long_factor": [1.5 + 0.4 * i for i in range(16)],
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, **BASE}
 KINDS = {
     "plain": {"rope_type": "default", **BASE},
-    "linear": {"rope_type": "linear", "factor": 4.0, **BASE},
+    "linear": {"rope_type": "linear", "factor": 3.0, **BASE},
     "llama3": LLAMA3,
     "yarn": YARN,
     "yarn, betas of its own": YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
+    "longrope": LONGROPE,
+    "longrope, trained on the short factors": LONGROPE
+    | {"original_max_position_embeddings": TRAINED},
+    "longrope, magnitudes of its own": LONGROPE
+    | {"short_mscale": 1.1, "long_mscale": 1.2},
+    "ntk": {"rope_type": "ntk", "factor": 4.0, **BASE},
+    "dynamic": DYNAMIC,
+    "dynamic, alpha": {"rope_type": "dynamic", "alpha": 100.0, **BASE},
+    "dynamic, trained length of its own": DYNAMIC
+    | {"max_trained_positions": TRAINED // 2},
 }
+# Kinds whose rotation an override of max_position_embeddings alone changes.
+FRAGILE = {
+    "longrope",
+    "longrope, trained on the short factors",
+    "dynamic, trained length of its own",
+}
+HEAD_SIZE = 32
+
+
+def text_config(kind: str, **changes) -> SimpleNamespace:
+    """What the remedies read of a text config."""
+    return SimpleNamespace(
+        **{
+            "model_type": "llama",
+            "max_position_embeddings": TRAINED,
+            "rope_parameters": dict(KINDS[kind]),
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_remedy_adds_rows_and_changes_none(kind):
+    """By vLLM's own rotary modules; and where the blind override does, it is seen."""
+    own = text_config(kind)
+    assert rotary_rows.own_max_model_len(own) < ASKED
+    blind = text_config(kind, max_position_embeddings=ASKED)
+    seen = rotation_change(own, blind, HEAD_SIZE, ASKED)
+    assert (seen is not None) == (kind in FRAGILE), seen
+    remedied = text_config(kind, **rotary_rows.longer_table(own, ASKED))
+    assert rotation_change(own, remedied, HEAD_SIZE, ASKED) is None
+    assert ASKED <= rotary_rows.own_max_model_len(remedied) < ASKED + 8
+    table, length = remedied.rope_parameters, remedied.max_position_embeddings
+    assert num_built_rows(length, table) == rotary_rows.num_rows(length, table)
+
+
+def num_built_rows(length: int, table: dict) -> int:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    settings = VllmConfig()
+    settings.model_config = SimpleNamespace(max_model_len=ASKED)
+    with set_current_vllm_config(settings):
+        rotary = get_rope(HEAD_SIZE, length, rope_parameters=table)
+    (rows,) = (buffer.shape[0] for buffer in rotary.buffers())
+    if table["rope_type"] == "longrope":  # the short factors' rows come first
+        rows -= table["original_max_position_embeddings"]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "changes, seen",
+    [
+        ({"rope_theta": 10001.0}, "moves them by .* at position 127"),
+        ({"rope_type": "linear", "factor": 1.01}, "at position 127 .linear"),
+        ({"rope_type": "yarn", "attention_factor": 1.001, **YARN}, "yarn"),
+        ({"rope_theta": 10000.0}, None),
+    ],
+)
+def test_another_rotation_is_seen(changes, seen):
+    own = text_config("plain")
+    changed = text_config("plain", rope_parameters={**KINDS["plain"], **changes})
+    found = rotation_change(own, changed, HEAD_SIZE, TRAINED, set(changes))
+    assert re.search(seen, found) if seen else found is None
+
+
+def save_config(folder, kind: str) -> str:
+    """A Llama's config; its architecture is known without a process of its own."""
+    from transformers import LlamaConfig
+    from vllm import ModelRegistry
+
+    lazy = ModelRegistry.models["LlamaForCausalLM"]
+    if hasattr(lazy, "module_name"):
+        ModelRegistry.register_model("LlamaForCausalLM", lazy.load_model_cls())
+    LlamaConfig(
+        **TINY,
+        architectures=["LlamaForCausalLM"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=TRAINED,
+        rope_parameters=KINDS[kind],
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def configure(model: str, **settings):
+    """The engine's configuration, as it is checked before anything is loaded."""
+    from vllm import EngineArgs
+
+    sink = {"sink": {"num_sink_tokens": 4, "window_size": 20}}
+    return EngineArgs(
+        model,
+        attention_backend="sink",
+        additional_config=sink,
+        skip_tokenizer_init=True,
+        **{"max_model_len": ASKED, **settings},
+    ).create_engine_config()
+
+
+BLIND = {"max_position_embeddings": ASKED}
+
+
+@pytest.mark.parametrize(
+    "kind, settings, remedy",
+    [
+        ("longrope", {"hf_overrides": BLIND}, "pass --hf-overrides"),
+        (
+            "longrope",
+            {"hf_overrides": {**BLIND, "rms_norm_eps": 1e-5}, "max_model_len": 100},
+            """pass --hf-overrides '{"rms_norm_eps": 1e-05}' \\(""",
+        ),
+        (
+            "longrope",
+            {"hf_overrides": BLIND, "max_model_len": 100},
+            r"drop --hf-overrides \(",
+        ),
+        (
+            "plain",
+            {"hf_overrides": {**BLIND, "rope_parameters": YARN}},
+            """pass --hf-overrides '{"max_position_embeddings": 1000}'""",
+        ),
+        (
+            "plain",
+            {"hf_overrides": lambda config: config.update(BLIND_YARN) or config},
+            "got a function, which moves .*; have it leave them",
+        ),
+    ],
+)
+def test_an_override_that_changes_the_rotation_is_refused(
+    kind, settings, remedy, tmp_path
+):
+    model = save_config(tmp_path, kind)
+    with pytest.raises(Exception, match="must rotate the positions below") as e:
+        configure(model, **settings)
+    message = str(e.value)
+    assert re.search(remedy, message), message
+    if "pass --hf-overrides" in message:
+        configure(model, **{**settings, **as_settings(message)})
+
+
+BLIND_YARN = {**BLIND, "rope_parameters": YARN}
+
+
+def test_overrides_for_a_nested_text_config():
+    from transformers import LlavaConfig, Phi3Config
+
+    text = Phi3Config(
+        **TINY,
+        num_attention_heads=2,
+        max_position_embeddings=TRAINED,
+        original_max_position_embeddings=TRAINED // 4,
+        rope_parameters=LONGROPE,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(text_config=text)
+    others = {"text_config": {"rms_norm_eps": 1e-5}}
+    found = table_length.longer_overrides(config, config.text_config, ASKED, others)
+    inner = found.pop("text_config")
+    assert not found
+    assert inner["max_position_embeddings"] == ASKED
+    assert inner["rope_parameters"]["long_mscale"] == pytest.approx(1.1832, abs=1e-4)
+    assert inner["rms_norm_eps"] == 1e-5
+
+
+@pytest.mark.parametrize("asked", [TRAINED, ASKED])
+def test_the_flag_is_printed(asked, tmp_path, capsys):
+    """And it is what a command needs."""
+    model = save_config(tmp_path, "yarn")
+    assert table_length.main([model, str(asked)]) == 0
+    printed = capsys.readouterr().out
+    if asked == TRAINED:
+        assert printed == ""
+    else:
+        configure(model, **as_settings(f"; pass {printed}"))
+
+
+def test_no_flag_for_a_rotation_of_an_unknown_kind(tmp_path, capsys):
+    assert table_length.main([str(tmp_path), "9"]) == 1
+    assert table_length.main(["m"]) == 2
+    text = SimpleNamespace(
+        model_type="m",
+        max_position_embeddings=TRAINED,
+        rope_parameters={"rope_type": "deepseek_yarn", **BASE},
+    )
+    model = SimpleNamespace(hf_overrides={}, hf_config=text, hf_text_config=text)
+    remedy = table_length.max_model_len_remedy
+    assert remedy(model, ASKED, 256) == "pass --max-model-len 256"
+    assert remedy(None, ASKED, 256) == "pass --max-model-len 256"
 
 
 def save_nested(folder) -> str:
@@ -98,7 +307,7 @@ def tables(llm) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
 def test_longer_table(kind, tmp_path, monkeypatch):
     model = save_llama(
         tmp_path, **TINY, max_position_embeddings=TRAINED, rope_parameters=KINDS[kind]
@@ -180,19 +389,3 @@ def test_a_checkpoint_that_orders_an_fp8_cache(dtype, tmp_path):
     with start(model, dtype=dtype, **as_settings(str(e.value))) as llm:
         (logprobs,) = prompt_logprobs(llm, [list(range(3, 60))])
     assert logprobs.isfinite().all()
-
-
-def test_no_override_keeps_a_dynamic_rotation():
-    """Its frequencies depend on the length: then fewer positions are the remedy."""
-    from types import SimpleNamespace
-
-    from vllm_sink.policy.table_length import max_model_len_remedy
-
-    text = SimpleNamespace(
-        model_type="llama",
-        max_position_embeddings=TRAINED,
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, **BASE},
-    )
-    model = SimpleNamespace(hf_overrides={}, hf_config=text, hf_text_config=text)
-    assert max_model_len_remedy(model, ASKED, 256) == "pass --max-model-len 256"
-    assert max_model_len_remedy(None, ASKED, 256) == "pass --max-model-len 256"

@@ -9,6 +9,16 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 
 @contextlib.contextmanager
+def uncollected():
+    """vLLM collects garbage eight times an engine, each time all that is imported."""
+    collect, gc.collect = gc.collect, lambda *generation: 0
+    try:
+        yield
+    finally:
+        gc.collect = collect
+
+
+@contextlib.contextmanager
 def sink_engine(
     model, sinks=None, window=None, *, positions="cache", retrieval=None, **kwargs
 ):
@@ -28,13 +38,15 @@ def sink_engine(
         }
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("dtype", "float32")
-    llm = LLM(model, enforce_eager=True, disable_log_stats=True, **kwargs)
+    with uncollected():
+        llm = LLM(model, enforce_eager=True, disable_log_stats=True, **kwargs)
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        with uncollected():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 

@@ -12,7 +12,8 @@ copies stand at ``p``.
 """
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+import transformers
+from transformers import AttentionInterface
 
 NAME = "zoo_reference"
 _policy: dict = {}
@@ -74,7 +75,9 @@ def logprobs(model, tokens, sinks, window, positions, extra_window=0) -> torch.T
     return torch.log_softmax(logits[0, :-1].float(), -1).gather(1, chosen)[:, 0]
 
 
-def load(path, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=NAME
-    ).eval()
+def load(path, dtype=torch.float32, auto="AutoModelForCausalLM"):
+    return (
+        getattr(transformers, auto)
+        .from_pretrained(path, dtype=dtype, attn_implementation=NAME)
+        .eval()
+    )

@@ -16,6 +16,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_sink.attention.rotation_tables import Table
+from vllm_sink.policy.table_length import own_configs
 
 logger = init_logger("vllm.plugins.sink")
 
@@ -25,26 +26,8 @@ _MOST_READ = 1 << 16  # rows that the frequencies are read from
 
 def trained_length(model_config: Any) -> int:
     """The model's trained length, whatever was overridden for this engine."""
-    text = model_config.hf_text_config
-    length = int(getattr(text, "max_position_embeddings", 0) or 0)
-    if model_config.hf_overrides:
-        length = _length_on_disk(model_config) or length
-    return length
-
-
-def _length_on_disk(model_config: Any) -> int | None:
-    """``max_position_embeddings`` of the model's files, without overrides."""
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(
-            model_config.model, revision=model_config.revision
-        )
-    except (OSError, ValueError):
-        return None
-    nested = config.get("text_config") or {}
-    found = nested.get("max_position_embeddings", config.get("max_position_embeddings"))
-    return int(found) if found else None
+    _, text = own_configs(model_config)
+    return int(getattr(text, "max_position_embeddings", 0) or 0)
 
 
 def make_exact(

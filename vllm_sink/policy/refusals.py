@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_sink.policy.config import SECTION, SinkConfig, has_section
 from vllm_sink.policy.drafters import refuse_drafter
 from vllm_sink.policy.lookalikes import refuse_lookalikes
+from vllm_sink.policy.own_rotation import changed_rotation
 from vllm_sink.policy.refusal import Refusal
 from vllm_sink.policy.resolve import resolve
 
@@ -335,4 +336,5 @@ CHECKS: tuple[Check, ...] = (
     _one_kv_cache_group,
     refuse_drafter,
     _interpreter,
+    changed_rotation,
 )

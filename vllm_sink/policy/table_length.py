@@ -1,25 +1,36 @@
 """How to have vLLM build a rotary table with a row for every position.
 
-vLLM sizes the table by the model's config, so a longer one takes an override of it
-(``--hf-overrides``). Which one depends on the kind of rotation; those here leave the
-rotation of every position exactly as it was and only add rows.
+    python -m vllm_sink.policy.table_length MODEL 1000000
 
-YaRN's table has ``original_max_position_embeddings * factor`` rows. Its frequencies
-depend on ``factor`` and on ``original_max_position_embeddings / beta``: all three of
-``original_max_position_embeddings``, ``beta_fast`` and ``beta_slow`` times the same
-number is the same rotation, with more rows.
+prints the flag that a model needs. vLLM sizes the table by the model's config, so a
+longer one takes an override of it (``--hf-overrides``). Which one depends on the kind
+of rotation; those here leave the rotation of every position exactly as it was and only
+add rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-import math
 import shlex
+import sys
 from typing import Any
 
-# Rows: max_position_embeddings, and that times the factor.
-_PLAIN = frozenset({"default", "llama3", "proportional"})
-_SCALED = frozenset({"linear", "ntk"})
+from vllm_sink.policy.rotary_rows import longer_table, own_max_model_len
+
+# What a rotary table is made of, wherever it is in a config.
+ROTATION_KEYS = frozenset(
+    {
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "model_max_length",
+        "partial_rotary_factor",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    }
+)
 
 
 def max_model_len_remedy(model_config: Any, max_model_len: int, rows: int) -> str:
@@ -32,45 +43,58 @@ def max_model_len_remedy(model_config: Any, max_model_len: int, rows: int) -> st
         rows: The rows of the table.
     """
     if model_config is not None and isinstance(model_config.hf_overrides, dict):
-        text = model_config.hf_text_config
-        overrides = longer_table(text, max_model_len)
-        placed = overrides and _at(model_config.hf_config, text, overrides)
-        if placed:
-            merged = json.dumps(_merge(model_config.hf_overrides, placed))
-            return (
-                f"pass --hf-overrides {shlex.quote(merged)} so that vLLM builds a "
-                "longer table"
-            )
+        hf_config, text_config = own_configs(model_config)
+        kept = without_rotation(model_config.hf_overrides)
+        overrides = longer_overrides(hf_config, text_config, max_model_len, kept)
+        if overrides:
+            return f"pass {flag(overrides)} so that vLLM builds a longer table"
     return f"pass --max-model-len {rows}"
 
 
-def longer_table(text_config: Any, max_model_len: int) -> dict[str, Any] | None:
-    """Changes to a text config; None where none leaves the rotation as it is."""
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    by_type = any(isinstance(value, dict) for value in parameters.values())
-    tables = dict(parameters) if by_type else {"": parameters}
-    lengths, has_original = [], False
-    for key, table in tables.items():
-        table = table or {}
-        kind = table.get("rope_type", "default")
-        if kind == "yarn":
-            tables[key] = _longer_yarn(table, max_model_len)
-        elif kind not in _PLAIN | _SCALED:
-            return None
-        has_original |= "original_max_position_embeddings" in table
-        # vLLM's own limit counts the factor, but for Gemma 3.
-        counts = kind in _SCALED and "gemma3" not in text_config.model_type
-        lengths.append(
-            math.ceil(max_model_len / table["factor"]) if counts else max_model_len
+def flag(overrides: dict[str, Any]) -> str:
+    """``--hf-overrides`` as it is typed."""
+    return f"--hf-overrides {shlex.quote(json.dumps(overrides))}"
+
+
+def overrides_for(model: str, max_model_len: int) -> dict[str, Any]:
+    """``hf_overrides`` with which vLLM serves ``max_model_len`` positions of a model.
+
+    Empty where the model's own table is long enough.
+
+    Args:
+        model: A folder or a name.
+
+    Raises:
+        ValueError: No override makes the table longer and leaves the rotation alone.
+    """
+    hf_config, text_config = _load(model, False, None, None, "auto")
+    overrides = longer_overrides(hf_config, text_config, max_model_len)
+    if overrides is None:
+        most = own_max_model_len(text_config)
+        raise ValueError(
+            f"max_model_len must be at most {most} for {model}, got {max_model_len}; "
+            f"no longer rotary table rotates as its own does: pass {most} or less"
         )
-    changes: dict[str, Any] = {"max_position_embeddings": max(lengths)}
-    if (
-        getattr(text_config, "model_max_length", None) or max_model_len
-    ) < max_model_len:
-        changes["model_max_length"] = max_model_len
-    if has_original:  # else Transformers would take it from the changed length
-        changes["rope_parameters"] = tables if by_type else tables[""]
-    return changes
+    return overrides
+
+
+def longer_overrides(
+    hf_config: Any,
+    text_config: Any,
+    max_model_len: int,
+    others: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """``others`` and what makes the table long enough; None where nothing does.
+
+    Args:
+        hf_config, text_config: As the model's files have them.
+        others: Overrides of what the table is not made of.
+    """
+    if max_model_len <= own_max_model_len(text_config):
+        return others or {}
+    changes = longer_table(text_config, max_model_len)
+    placed = changes and _at(hf_config, text_config, changes)
+    return _merge(others or {}, placed) if placed else None
 
 
 def lengthen(text_config: Any, max_model_len: int) -> None:
@@ -82,23 +106,53 @@ def lengthen(text_config: Any, max_model_len: int) -> None:
     changes = longer_table(text_config, max_model_len)
     if not changes or current is None:
         return
-    changes["max_position_embeddings"] = max(
-        current, changes["max_position_embeddings"]
-    )
+    if current >= changes["max_position_embeddings"]:
+        changes["max_position_embeddings"] = current
     for name, value in changes.items():
         setattr(text_config, name, value)
 
 
-def _longer_yarn(table: dict[str, Any], max_model_len: int) -> dict[str, Any]:
-    original = table["original_max_position_embeddings"]
-    needed = math.ceil(max_model_len / table["factor"])
-    if needed <= original:
-        return table
-    return table | {
-        "original_max_position_embeddings": needed,
-        "beta_fast": (table.get("beta_fast") or 32) * needed / original,
-        "beta_slow": (table.get("beta_slow") or 1) * needed / original,
-    }
+def own_configs(model_config: Any) -> tuple[Any, Any]:
+    """The config of a model's files and its text config, without any override."""
+    if not model_config.hf_overrides:
+        return model_config.hf_config, model_config.hf_text_config
+    return _load(
+        model_config.hf_config_path or model_config.model,
+        model_config.trust_remote_code,
+        getattr(model_config, "_hf_config_revision", None) or model_config.revision,
+        model_config.code_revision,
+        model_config.config_format,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _load(
+    model: str,
+    trust_remote_code: bool,
+    revision: str | None,
+    code_revision: str | None,
+    config_format: str,
+) -> tuple[Any, Any]:
+    from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+    config = get_config(
+        model, trust_remote_code, revision, code_revision, config_format
+    )
+    return config, get_hf_text_config(config)
+
+
+def without_rotation(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides less all that a rotary table is made of."""
+    kept = {}
+    for name, value in overrides.items():
+        if name in ROTATION_KEYS:
+            continue
+        if isinstance(value, dict) and value:
+            value = without_rotation(value)
+            if not value:
+                continue
+        kept[name] = value
+    return kept
 
 
 def _at(config: Any, text_config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -120,3 +174,25 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(before, dict) and isinstance(value, dict)
         merged[name] = _merge(before, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def main(arguments: list[str]) -> int:
+    """Print the flag for a model and a length."""
+    if len(arguments) != 2 or not arguments[1].isdigit():
+        print("usage: python -m vllm_sink.policy.table_length MODEL MAX_MODEL_LEN")
+        return 2
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where vLLM's log goes
+            overrides = overrides_for(arguments[0], int(arguments[1]))
+    except (OSError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    if overrides:
+        print(flag(overrides))
+    else:
+        print("its own rotary table is long enough", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
