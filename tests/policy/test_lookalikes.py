@@ -14,8 +14,15 @@ def refused(additional, selected=True):
 @pytest.mark.parametrize(
     "key",
     [
-        *("Sink", "SINK", " sink", "sinks", "sink_config", "sinkConfig", "sinksettings"),
-        *("vllm-sink", "vllm_sink", "attention_sinks", "sink.policy", "sink_tokens"),
+        *("Sink", "SINK", " sink", "sinks", "sink_config", "sinkConfig"),
+        *(
+            "sinksettings",
+            "vllm-sink",
+            "vllm_sink",
+            "attention_sinks",
+            "sink.policy",
+            "sink_tokens",
+        ),
     ],
 )
 def test_names(key):
