@@ -4,12 +4,10 @@ On the CPU our platform class refuses in the process that reads the command. On
 CUDA and ROCm it isn't there: ``as_on_cuda`` takes its part away.
 """
 
-import json
-
 import pytest
 
 from tests.helpers.engine import core, model_runner, sink_engine
-from tests.helpers.random_llama import save_llama
+from tests.helpers.random_llama import save_big_code, save_llama
 from vllm_sink.engine import start
 
 SECTION = {"sink": {"num_sink_tokens": 4, "window_size": 60}}
@@ -24,18 +22,6 @@ FORGOTTEN = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), **TINY)
-
-
-def save_big_code(folder, **facts) -> str:
-    """A GPT-BigCode, which has one KV head, with ``facts`` in its config.json."""
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
-
-    small = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
-    config = GPTBigCodeConfig(**small, vocab_size=512, bos_token_id=1, eos_token_id=2)
-    GPTBigCodeForCausalLM(config).save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-    return str(folder)
 
 
 def refused(message, model, **settings):

@@ -1,7 +1,15 @@
-"""A small Llama with random weights that attend: quick, and never downloaded."""
+"""Small models with random weights that attend: quick, and never downloaded."""
+
+import json
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def save_llama(folder, **config) -> str:
@@ -24,4 +32,18 @@ def save_llama(folder, **config) -> str:
         "initializer_range": 0.15,
     }
     LlamaForCausalLM(LlamaConfig(**{**defaults, **config})).save_pretrained(folder)
+    return str(folder)
+
+
+def save_big_code(folder: Path, **facts) -> str:
+    """The folder of a GPT-BigCode, which has one KV head.
+
+    Args:
+        facts: Added to its config.json.
+    """
+    small = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
+    config = GPTBigCodeConfig(**small, vocab_size=512, bos_token_id=1, eos_token_id=2)
+    GPTBigCodeForCausalLM(config).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
     return str(folder)

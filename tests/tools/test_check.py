@@ -20,7 +20,7 @@ from transformers import (
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers import refusals
-from tests.helpers.random_llama import save_llama
+from tests.helpers.random_llama import save_big_code, save_llama
 from vllm_sink.cache import block_manager
 from vllm_sink.engine.compat import parse_serve_arguments
 from vllm_sink.policy.refusals import find_refusals
@@ -106,7 +106,15 @@ CASES = {
     "model must not use ALiBi": ("bloom", SINK),
     "--attention-backend sink must be left out": (
         "llama",
-        [*SINK, "--kv-cache-dtype", "fp8"],
+        [*SINK, "--block-size", "8"],
+    ),
+    "--kv-cache-dtype must be": ("llama", [*SINK, "--kv-cache-dtype", "fp8"]),
+    "num_attention_heads and num_key_value_heads must": (
+        "big code",
+        [
+            *section(sink_positions="absolute"),
+            *("--hf-overrides", '{"num_key_value_heads": 4}'),
+        ],
     ),
 }
 
@@ -129,7 +137,9 @@ def models(tmp_path_factory) -> dict[str, str]:
         config.save_pretrained(folder / name)
     save_llama(folder / "llama")
     save_hunyuan(folder / "hunyuan")
-    return {name: str(folder / name) for name in (*configs, "llama", "hunyuan")}
+    save_big_code(folder / "big code")
+    saved = ("llama", "hunyuan", "big code")
+    return {name: str(folder / name) for name in (*configs, *saved)}
 
 
 def save_hunyuan(folder: Path) -> None:

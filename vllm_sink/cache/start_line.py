@@ -48,10 +48,11 @@ def retrieval_line(
     vllm_config: VllmConfig, config: SinkConfig, page_bytes: int
 ) -> str | None:
     """What the start says of the heads; None where none is a retrieval head."""
+    max_model_len = vllm_config.model_config.max_model_len
+    config = config.clipped(max_model_len)
     heads = config.head_map
     if heads is None or not heads.num_retrieval_heads:
         return None
-    max_model_len = vllm_config.model_config.max_model_len
     what = "everything"
     if config.retrieval_policy is not None:
         what = f"{config.num_sink_tokens} + {config.retrieval_window_size} tokens"
