@@ -310,7 +310,12 @@ def tables(llm) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["yarn", "longrope"])
 def test_longer_table(kind, tmp_path, monkeypatch):
     model = save_llama(
-        tmp_path, **TINY, max_position_embeddings=TRAINED, rope_parameters=KINDS[kind]
+        tmp_path,
+        **TINY,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=TRAINED,
+        rope_parameters=KINDS[kind],
     )
     with start(model, max_model_len=TRAINED) as llm:
         (short,) = tables(llm)
