@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common
-from vllm_sink.policy.table_length import overrides_for
+from vllm_sink.rotation.table_length import overrides_for
 
 BLOCK_SIZE = 128
 CHUNK = 2048
@@ -38,7 +38,7 @@ def concurrency(engine: str, context: int) -> int:
     from vllm.v1.request import Request
 
     from vllm_sink.cache.spec import SinkSpec
-    from vllm_sink.engine import compat
+    from vllm_sink.plugin import compat
     from vllm_sink.policy.config import SinkConfig
 
     compat.register_kv_cache_spec()

@@ -225,7 +225,7 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
-        from vllm_sink.policy.table_length import overrides_for
+        from vllm_sink.rotation.table_length import overrides_for
 
         if name == "sink":
             kwargs["attention_backend"] = "sink"

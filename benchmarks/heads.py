@@ -37,7 +37,7 @@ def requests_that_fit(name: str, context: int) -> tuple[int, float]:
     from vllm.v1.request import Request
 
     from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
-    from vllm_sink.engine import compat
+    from vllm_sink.plugin import compat
     from vllm_sink.policy.config import SinkConfig
     from vllm_sink.policy.grouping import RequestMemory, choose_grouping
 

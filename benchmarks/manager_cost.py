@@ -32,7 +32,7 @@ from vllm.v1.request import Request
 
 from vllm_sink.cache import metrics
 from vllm_sink.cache.spec import SinkSpec
-from vllm_sink.engine import compat
+from vllm_sink.plugin import compat
 
 BLOCK_SIZE = 16
 CHUNK = 8192  # prefill, tokens a step

@@ -26,7 +26,7 @@ def open_engine(model: str, policy: Policy, max_model_len: int) -> Iterator[LLM]
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm_sink.policy.table_length import overrides_for
+    from vllm_sink.rotation.table_length import overrides_for
 
     llm = LLM(
         model,

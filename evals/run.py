@@ -61,7 +61,7 @@ def engine_args(args: argparse.Namespace, policy: Policy) -> dict[str, Any]:
     """Arguments of the harness's ``vllm`` model for this policy."""
     import torch
 
-    from vllm_sink.policy.table_length import overrides_for
+    from vllm_sink.rotation.table_length import overrides_for
 
     arguments: dict[str, Any] = {"pretrained": args.model}
     if not torch.cuda.is_available():

@@ -48,7 +48,7 @@ PY
 overrides=()
 if ((trained < 16384)); then
     # The flag as it is typed, quoted; nothing where the table is long enough.
-    eval "overrides=($("$PYTHON" -m vllm_sink.policy.table_length "$model" 16384 2>/dev/null))"
+    eval "overrides=($("$PYTHON" -m vllm_sink.rotation.table_length "$model" 16384 2>/dev/null))"
 fi
 
 server=''

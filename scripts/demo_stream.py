@@ -76,7 +76,7 @@ def run_policy(args: argparse.Namespace) -> None:
     """Stream the text through one engine and report to the parent."""
     from vllm import LLM, SamplingParams
 
-    from vllm_sink.policy.table_length import overrides_for
+    from vllm_sink.rotation.table_length import overrides_for
 
     kwargs = {}
     if args.policy == "sink":

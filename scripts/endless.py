@@ -229,7 +229,7 @@ def open_engine(args: argparse.Namespace):
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from vllm_sink.policy.table_length import overrides_for
+    from vllm_sink.rotation.table_length import overrides_for
 
     try:
         overrides = overrides_for(args.model, args.max_model_len)

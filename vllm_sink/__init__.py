@@ -17,17 +17,15 @@ __all__ = ["platform_plugin", "register"]
 
 def register() -> None:
     """Make ``--attention-backend sink`` known to this process; idempotent."""
-    from vllm_sink.attention import rotation_probe
     from vllm_sink.cache import metrics
-    from vllm_sink.engine import compat, start
+    from vllm_sink.plugin import compat
+    from vllm_sink.start import groups, hook
 
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
     compat.register_variable(metrics.FOLDER_VARIABLE)
-    start.watch_models()
-    start.watch_groups()
-    rotation_probe.record_parents()
+    hook.install(compat.watch_engine_core(groups.check_groups))
     metrics.register_collector()
 
 
@@ -37,6 +35,6 @@ def platform_plugin() -> str | None:
     ``None`` (no change) everywhere but on vLLM's CPU platform: CUDA and ROCm
     ask the selected backend themselves.
     """
-    from vllm_sink.engine import compat
+    from vllm_sink.plugin import compat
 
     return compat.cpu_platform_path()

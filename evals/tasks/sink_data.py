@@ -201,8 +201,8 @@ def check_lengths(
             f"lengths must be at most max_model_len - {num_generated + 1}, got "
             f"{longest} with max_model_len {limit}; pass max_model_len="
             f"{longest + num_generated + 1} in --model_args (past the trained length "
-            "with the hf_overrides that python -m vllm_sink.policy.table_length MODEL "
-            "LENGTH prints, too) or smaller lengths in --metadata"
+            "with the hf_overrides that python -m vllm_sink.rotation.table_length "
+            "MODEL LENGTH prints, too) or smaller lengths in --metadata"
         )
     if str(settings.get("attention_backend", "")).upper() == "SINK":
         from vllm_sink.policy.config import SinkConfig

@@ -14,7 +14,7 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from tests.helpers.pages import loaded, stored
-from vllm_sink.attention.rotation import Rotation
+from vllm_sink.rotation.table import RotaryTable
 
 SIZE, DIM = 16, 32
 
@@ -79,7 +79,7 @@ def test_attend_equals_reference(
         rotary_dim, is_neox = rotary
         rows = table_rows(rotary_dim)
         positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
-        pair = Rotation(rows, is_neox).turn(positions, sinks + window)
+        pair = RotaryTable(rows, is_neox).turn(positions, sinks + window)
         turns = Turns((pair,), is_neox)
     tiles = attention.plan(
         [Kind(table, *policy)],
@@ -251,7 +251,7 @@ def test_heads_with_policies_of_their_own(
     turns = None
     if cached:
         # Of a kind that no query outgrows there is no turn to make.
-        rotation = Rotation(rows, True)
+        rotation = RotaryTable(rows, True)
         turns = Turns(
             tuple(
                 None if sum(p) >= 390 or p[0] == 0 else rotation.turn(positions, sum(p))

@@ -4,15 +4,15 @@ import torch
 from vllm_sink_kernels.cpu.rows import Kind
 
 from vllm_sink.attention import cpu
-from vllm_sink.attention.rotation import Rotation
+from vllm_sink.rotation.table import RotaryTable
 
 
-def rotation() -> Rotation:
+def rotation() -> RotaryTable:
     angle = torch.arange(100)[:, None] * torch.tensor([1.0, 0.1])
-    return Rotation(torch.cat([angle.cos(), angle.sin()], dim=1), True)
+    return RotaryTable(torch.cat([angle.cos(), angle.sin()], dim=1), True)
 
 
-def part(policy: tuple[int, int], turned: Rotation) -> cpu.SinkCpuMetadata:
+def part(policy: tuple[int, int], turned: RotaryTable) -> cpu.SinkCpuMetadata:
     table = torch.zeros(2, 8, dtype=torch.int32)
     rotations = {id(turned.cos_sin_cache): turned}
     return cpu.SinkCpuMetadata(Kind(table, *policy), torch.zeros(3), rotations)

@@ -14,9 +14,9 @@ from tests.helpers.engine import (
     run_steps,
     sink_engine,
 )
-from vllm_sink.attention.rotation import Rotation
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
+from vllm_sink.rotation.table import RotaryTable
 
 TOLERANCE = 2e-3  # log-probability, float32 (the bound)
 
@@ -286,7 +286,7 @@ class TestDisabled:
             shape = (len(positions), self.rotary_dim // 2)
             return torch.ones(shape), torch.zeros(shape)
 
-        monkeypatch.setattr(Rotation, "turn", no_turn)
+        monkeypatch.setattr(RotaryTable, "turn", no_turn)
         assert self.error(model_path, reference, prose[:400]) > 10 * TOLERANCE
 
     def test_eviction(self, model_path, prose, monkeypatch):

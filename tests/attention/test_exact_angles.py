@@ -10,8 +10,8 @@ from vllm import SamplingParams
 
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.attention import rotation_exact
-from vllm_sink.attention.rotation_exact import read_frequencies, write_rows
+from vllm_sink.rotation import exact as rotation_exact
+from vllm_sink.rotation.exact import read_frequencies, write_rows
 
 SINKS, WINDOW = 4, 124
 TEXT, SCORED = 768, 512
@@ -57,7 +57,7 @@ def test_a_table_that_does_not_grow_evenly_is_left_alone():
             rows[1000:] = rows[1000:].flip(0)
             self.register_buffer("cos_sin_cache", rows)
 
-    from vllm_sink.attention.rotation_tables import tables_of
+    from vllm_sink.rotation.candidates import tables_of
 
     rotary = Rotary()
     before = rotary.cos_sin_cache.clone()
@@ -181,7 +181,7 @@ def test_one_text_at_a_far_offset_of_a_transformers_model(path):
 def test_nothing_changes_within_the_trained_length(path, monkeypatch):
     called = []
     monkeypatch.setattr(
-        "vllm_sink.attention.rotation_measure.make_exact",
+        "vllm_sink.rotation.measure.make_exact",
         lambda *arguments: called.append(arguments),
     )
     with sink_engine(

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers.refusals import stub_config
-from vllm_sink.attention import backend, base, cpu, gpu_support
+from tests.helpers.refusals import stub_engine
+from vllm_sink.attention import backend, cpu, gpu_support
 from vllm_sink.attention.backend import SinkBackend
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.refusals import validate_engine
+from vllm_sink.start.checks import check_settings
 
 SELECTOR = {
     "head_size": 128,
@@ -110,7 +110,6 @@ def test_other_devices_are_refused(platform):
 
 
 def test_gpus_get_the_gpu_path_in_any_layout_and_cpus_their_own(platform, monkeypatch):
-    monkeypatch.setattr(base, "_engine_config", SinkConfig())
     assert SinkBackend.get_impl_cls() is cpu.SinkCpuImpl
     assert SinkBackend.get_builder_cls() is cpu.SinkCpuMetadataBuilder
     assert [x.name for x in SinkBackend.supported_kv_cache_layouts()] == ["LBHNC"]
@@ -121,11 +120,11 @@ def test_gpus_get_the_gpu_path_in_any_layout_and_cpus_their_own(platform, monkey
     assert SinkBackend.supported_kv_cache_layouts() is None
 
 
-def engine_config(dtype=torch.float32):
-    return stub_config(
-        additional_config={"sink": {"triton_interpreter": True}},
-        model_config__dtype=dtype,
-    )
+def check_interpreter(dtype=torch.float32):
+    """The settings of an engine that asks for the interpreter."""
+    section = {"triton_interpreter": True}
+    changes = {"model_config__dtype": dtype}
+    check_settings(stub_engine(additional_config={"sink": section}, **changes))
 
 
 def test_interpreter_setting(monkeypatch):
@@ -135,16 +134,16 @@ def test_interpreter_setting(monkeypatch):
         SinkConfig(triton_interpreter="yes")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET must be 1 .* got None"):
-        validate_engine(engine_config())
+        check_interpreter()
     # Set too late: Triton's library is there, and compiled.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(tl, "cdiv", len)
     with pytest.raises(ValueError, match="TRITON_INTERPRET must be 1 before Triton"):
-        validate_engine(engine_config())
+        check_interpreter()
     monkeypatch.setattr(tl, "cdiv", type("InterpretedFunction", (), {})())
-    assert validate_engine(engine_config()).triton_interpreter
+    check_interpreter()
     with pytest.raises(ValueError, match=r"dtype must be float32 or float16 .* bfloat"):
-        validate_engine(engine_config(torch.bfloat16))
+        check_interpreter(torch.bfloat16)
 
 
 def test_interpreter_is_refused_on_a_gpu(monkeypatch):
@@ -153,4 +152,4 @@ def test_interpreter_is_refused_on_a_gpu(monkeypatch):
     gpu = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setattr(vllm.platforms, "current_platform", gpu, raising=False)
     with pytest.raises(ValueError, match="triton_interpreter must be false on a GPU"):
-        validate_engine(engine_config())
+        check_interpreter()

@@ -17,10 +17,10 @@ from tests.helpers.engine import (
 )
 from tests.helpers.heads_reference import HeadsReference, random_heads
 from vllm_sink.attention import cpu
-from vllm_sink.cache import start_line
-from vllm_sink.cache.heads import HeadCache, HeadGroups
+from vllm_sink.cache.head_caches import HeadCache, HeadGroups
 from vllm_sink.policy.grouping import Grouping
-from vllm_sink.policy.resolve import resolve
+from vllm_sink.settings.resolve import resolve
+from vllm_sink.start import log_lines
 
 TOLERANCE = 2e-3
 S, W, BLOCK = 4, 60, 32
@@ -65,7 +65,7 @@ def llm(model_path, lines):
             info=lambda text, *args: lines.append(text % args),
             warning=lambda text, *args: lines.append("WARNING " + text % args),
         )
-        monkeypatch.setattr(start_line, "logger", say)
+        monkeypatch.setattr(log_lines, "logger", say)
         with sink_engine(
             model_path,
             S,
@@ -83,7 +83,7 @@ def test_the_pool_gives_what_the_start_line_says(llm, lines, prose):
     config = model_runner(llm).vllm_config
     settings = resolve(config)
     page = 2 * BLOCK * 64 * 4  # K and V of a block in one head, float32
-    memory = start_line.request_memory(config, settings, page)
+    memory = log_lines.request_memory(config, settings, page)
     assert memory.grouping == Grouping(30, 1, 2)
     assert memory.pool_block_bytes == 30 * page
     assert lines == [

@@ -16,8 +16,8 @@ from tests.helpers.block_managers import make_manager
 from tests.helpers.engine import managers, prompt_logprobs, sink_engine
 from tests.helpers.random_gemma import save_gemma
 from vllm_sink.attention import backend
-from vllm_sink.cache import block_manager
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start import log_lines
 
 TOLERANCE = 2e-3
 SINKS, WINDOW = 4, 60
@@ -127,7 +127,7 @@ def test_a_window_that_equals_the_models_own(hybrid, monkeypatch):
     tokens = random_tokens(2, 500)
     said = []
     say = SimpleNamespace(info=lambda text, *args: said.append(text % args))
-    monkeypatch.setattr(block_manager, "logger", say)
+    monkeypatch.setattr(log_lines, "logger", say)
     with sink_engine(path, SINKS, SLIDING, **CHUNKED) as llm:
         kinds = sorted(type(manager).__name__ for manager in managers(llm))
         (got,) = prompt_logprobs(llm, [tokens])

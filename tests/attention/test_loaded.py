@@ -1,7 +1,5 @@
 """What a loaded model's layers are refused for: stand-ins for the layers."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -13,9 +11,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from tests.helpers.refusals import drafter, stub_config
-from vllm_sink.attention.backend import SinkBackend
-from vllm_sink.attention.loaded import refuse_layers
+from tests.helpers.refusals import Config, drafter, stub_config
+from vllm_sink.attention.backend import SinkBackend, place_layer
+from vllm_sink.engine import Engine
+from vllm_sink.start.loaded import refuse_layers
 
 SHAPE = {
     "block_size": 16,
@@ -36,7 +35,7 @@ class Layer(AttentionLayerBase):
         self.spec, self.backend = spec, backend
 
     def get_attn_backend(self):
-        return self.backend
+        return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config):
         return self.spec
@@ -45,10 +44,15 @@ class Layer(AttentionLayerBase):
 def refuse(*layers, **changes):
     context = {f"layers.{i}": layer for i, layer in enumerate(layers)}
     settings = {
-        "compilation_config": SimpleNamespace(static_forward_context=context),
+        "compilation_config": Config(static_forward_context=context),
         "use_v2_model_runner": False,
     }
-    refuse_layers(stub_config(**(settings | changes)))
+    config = stub_config(**(settings | changes))
+    engine = Engine.of(config)
+    for layer in layers:
+        layer.attn_backend = layer.backend
+        place_layer(engine, layer)
+    refuse_layers(engine, FULL)
 
 
 def test_what_obeys():

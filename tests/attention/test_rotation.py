@@ -10,15 +10,14 @@ from vllm.model_executor.models.llama import LlamaAttention
 
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.attention.rotation import (
-    Rotation,
+from vllm_sink.engine import Engine
+from vllm_sink.rotation.measure import measure_model
+from vllm_sink.rotation.table import (
+    RotaryTable,
     Unknown,
     check_table,
     find_rotation,
-    remember,
 )
-from vllm_sink.attention.rotation_measure import measure_model
-from vllm_sink.attention.rotation_probe import ancestors
 
 LENGTH = 16384  # past the first step of Llama 4's temperature
 
@@ -35,12 +34,13 @@ class Loaded:
             for name, layer in context.items()
             if isinstance(layer, Attention)
         }
-        self.root = ancestors(next(iter(self.layers.values())))[-1]
+        self.engine = Engine.of(self.config)
+        self.root = self.engine.ancestors(next(iter(self.layers.values())))[-1]
         assert self.root is runner.get_model()
 
     def measure(self):
         with set_current_vllm_config(self.config):
-            found = measure_model(self.root, self.layers, self.config)
+            found = measure_model(self.engine, self.root, self.layers)
         assert list(found) == list(self.layers)
         assert not any("forward" in vars(layer.impl) for layer in self.layers.values())
         return list(found.values())
@@ -131,7 +131,7 @@ def test_what_no_table_explains_is_refused(loaded, monkeypatch, kind):
 
 def test_a_change_of_length_alone_counts_four_times():
     """1% of all rows' length tells more than of a pair's: rounding averages out."""
-    from vllm_sink.attention.rotation_tables import misfit
+    from vllm_sink.rotation.candidates import misfit
 
     first = torch.randn(8, 1, 2, 64)
     seen = torch.cat([first, 1.01 * first], 1)
@@ -164,9 +164,9 @@ def test_rotation_by_the_models_table_is_found(loaded, monkeypatch, kind):
         monkeypatch.setattr(LlamaAttention, "forward", ROTATED[kind])
     rotary = loaded.root.model.layers[0].self_attn.rotary_emb
     for found in loaded.measure():
-        assert isinstance(found, Rotation)
-        assert found.cos_sin_cache.data_ptr() == rotary.cos_sin_cache.data_ptr()
-        assert found.cos_sin_cache.shape == rotary.cos_sin_cache.shape
+        assert isinstance(found, RotaryTable)
+        assert found.rows.data_ptr() == rotary.cos_sin_cache.data_ptr()
+        assert found.rows.shape == rotary.cos_sin_cache.shape
         assert found.is_neox
 
 
@@ -180,7 +180,7 @@ def test_layers_without_rotation_are_not_turned(loaded, monkeypatch):
 
     monkeypatch.setattr(LlamaAttention, "forward", attend)
     first, *others = loaded.measure()
-    assert isinstance(first, Rotation)
+    assert isinstance(first, RotaryTable)
     assert len(others) == 2 and all(found is None for found in others)
 
 
@@ -195,7 +195,7 @@ def test_interleaved_and_partial_rotations_are_told_apart(loaded, monkeypatch):
         for is_neox in (True, False):
             rotary.is_neox_style = is_neox
             for found in loaded.measure():
-                assert isinstance(found, Rotation), found
+                assert isinstance(found, RotaryTable), found
                 assert found.is_neox == is_neox
                 assert found.rotary_dim == half.shape[1]
     finally:
@@ -215,7 +215,7 @@ def test_fp8_noise_does_not_mislead(loaded, monkeypatch, kind):
         LlamaAttention, "forward", REFUSED[kind][0] if kind else forward()
     )
     for found in loaded.measure():
-        assert isinstance(found, Unknown if kind else Rotation), found
+        assert isinstance(found, Unknown if kind else RotaryTable), found
 
 
 def test_a_failing_forward_is_a_refusal(loaded, monkeypatch):
@@ -229,12 +229,12 @@ def test_a_failing_forward_is_a_refusal(loaded, monkeypatch):
 
 
 def test_an_unknown_rotation_names_the_layer_and_absolute(loaded):
-    layer = torch.nn.Identity()
+    layer, engine = torch.nn.Identity(), loaded.engine
     with pytest.raises(ValueError, match=r"for layers.0.attn: it was not measured; .*"):
-        find_rotation("layers.0.attn", layer)
-    remember(layer, Unknown("its keys are off"))
+        find_rotation(engine, "layers.0.attn", layer)
+    engine.rotations[layer] = Unknown("its keys are off")
     with pytest.raises(ValueError, match=r"keys are off; .* 'absolute', which works"):
-        find_rotation("layers.0.attn", layer)
+        find_rotation(engine, "layers.0.attn", layer)
 
 
 def test_turn_divides_the_magnitude_out():
@@ -242,14 +242,14 @@ def test_turn_divides_the_magnitude_out():
     frequency = 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     angle = positions[:, None] * frequency
     table = 1.25 * torch.cat([angle.cos(), angle.sin()], dim=1)
-    cos, sin = Rotation(table.float(), True).turn(torch.tensor([10, 3999]), 64)
+    cos, sin = RotaryTable(table.float(), True).turn(torch.tensor([10, 3999]), 64)
     want = torch.tensor([0.0, 63 - 3999.0]).double()[:, None] * frequency
     assert torch.allclose(cos.double(), want.cos(), atol=1e-5)
     assert torch.allclose(sin.double(), want.sin(), atol=1e-5)
 
 
 def test_rows_for_every_position():
-    table = Rotation(torch.zeros(10, 4), True)
+    table = RotaryTable(torch.zeros(10, 4), True)
     check_table("layer", table, 10)
     with pytest.raises(ValueError, match=r"must be <= 10, the rows .* got 11"):
         check_table("layer", table, 11)

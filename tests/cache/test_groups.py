@@ -14,10 +14,10 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.helpers.refusals import stub_engine
 from vllm_sink.attention import backend
 from vllm_sink.cache.block_manager import SinkManager
-from vllm_sink.engine import compat
-from vllm_sink.policy.config import SinkConfig
+from vllm_sink.plugin import compat
 
 try:  # vLLM 0.33
     from vllm.v1.core import kv_cache_planning as planning
@@ -33,8 +33,7 @@ OWN = SlidingWindowSpec(**SHAPE, sliding_window=WINDOW)  # W is the model's wind
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     compat.register_kv_cache_spec()
-    monkeypatch.setattr(backend, "engine_config", lambda: SinkConfig(4, WINDOW))
-    monkeypatch.setattr(backend, "measure_loaded_model", lambda: None)
+    monkeypatch.setattr(backend, "measure_loaded_model", lambda _: None)
 
 
 def groups_of(layers: dict, *, layout=KVCacheLayout.LBHNC, is_hybrid=True) -> list:
@@ -45,9 +44,10 @@ def groups_of(layers: dict, *, layout=KVCacheLayout.LBHNC, is_hybrid=True) -> li
         attention_config=SimpleNamespace(hisparse_config=None),
         speculative_config=None,
     )
-    specs = {
-        name: backend.SinkBackend.customize_spec(spec) for name, spec in layers.items()
-    }
+    section = {"num_sink_tokens": 4, "window_size": WINDOW}
+    engine = stub_engine(additional_config={"sink": section})
+    ours = backend.bound(backend.SinkBackend, engine, is_retrieval=False)
+    specs = {name: ours.customize_spec(spec) for name, spec in layers.items()}
     found = []
     for group in planning.get_kv_cache_groups(config, specs):
         spec = group.kv_cache_spec

@@ -26,8 +26,7 @@ def warnings(monkeypatch) -> list[str]:
     monkeypatch.setattr(
         module.logger, "warning", lambda text, *values: lines.append(text % values)
     )
-    monkeypatch.setattr(module, "_metrics", None)
-    monkeypatch.setattr(module, "_owner", 0)
+    module._metrics_in.cache_clear()
     monkeypatch.delenv(module.VLLM_FOLDER_VARIABLE, raising=False)
     return lines
 

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from tests.helpers.block_managers import full_spec, sink_spec
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
@@ -46,13 +44,9 @@ def test_one_group_has_one_policy():
         )
 
 
-@pytest.mark.parametrize(
-    "heads, shares", [(None, False), ([[1, 0]], True), ([[1, 1]], False)]
-)
-def test_a_spec_of_full_attention(heads, shares):
-    config = SinkConfig(4, 20, retrieval_heads=heads)
+def test_a_spec_of_full_attention():
+    config = SinkConfig(4, 20)
     spec = SinkSpec.from_full(full_spec(16), config)
     assert (spec.policy, spec.is_retrieval) == (config.policy, False)
-    assert spec.shares_pool == shares
     windowed = SinkSpec.from_full(full_spec(16), config, 100)
     assert windowed.policy == RetentionPolicy(4, 100) and windowed.is_retrieval

@@ -5,9 +5,9 @@ from vllm import SamplingParams
 
 from tests.helpers.engine import core, manager, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.cache import block_manager
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.words import format_bytes
+from vllm_sink.start import log_lines
+from vllm_sink.start.log_lines import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def lines(monkeypatch):
     """The block manager's log; a handler would be dropped as vLLM sets up its own."""
     found = []
     monkeypatch.setattr(
-        block_manager.logger, "info", lambda text, *values: found.append(text % values)
+        log_lines.logger, "info", lambda text, *values: found.append(text % values)
     )
     return found
 

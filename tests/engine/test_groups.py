@@ -11,12 +11,13 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
 
 import vllm_sink
 from tests.helpers.block_managers import full_spec, make_manager, sink_spec
-from tests.helpers.refusals import stub_config
-from vllm_sink.attention.backend import SinkBackend
+from tests.helpers.refusals import Config, stub_config
+from vllm_sink.attention.backend import SinkBackend, place_layer
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec
-from vllm_sink.engine import compat
-from vllm_sink.engine.groups import check_groups, placed_layers
+from vllm_sink.engine import Engine
+from vllm_sink.plugin import compat
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start.groups import check_groups, placed_layers
 
 POLICY = RetentionPolicy(4, 60)
 SINK = sink_spec(POLICY, 16)
@@ -88,9 +89,10 @@ def test_a_scheduler_without_block_managers():
 class Layer(AttentionLayerBase):
     def __init__(self, spec, target=None):
         self.spec, self.kv_sharing_target_layer_name = spec, target
+        self.attn_backend = SinkBackend
 
     def get_attn_backend(self):
-        return SinkBackend
+        return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config):
         return self.spec
@@ -105,9 +107,9 @@ def test_a_worker_tells_the_groups_of_its_layers():
         "d": Layer(None),
         "e": Layer(OWN),
     }
-    config = stub_config(
-        compilation_config=SimpleNamespace(static_forward_context=layers)
-    )
+    config = stub_config(compilation_config=Config(static_forward_context=layers))
+    for layer in layers.values():
+        place_layer(Engine.of(config), layer)
     groups = [KVCacheGroupSpec(["b"], OWN), KVCacheGroupSpec(["a"], RETRIEVAL)]
     runner = SimpleNamespace(
         vllm_config=config, kv_cache_config=SimpleNamespace(kv_cache_groups=groups)
@@ -127,10 +129,10 @@ def test_every_engine_core_is_watched(monkeypatch):
     vllm_sink.register()
     method = getattr(EngineCore, compat._AFTER_SCHEDULER)
     assert method.checked_by_sink
-    assert compat.watch_engine_core(print), "wrapped once"
-    assert getattr(EngineCore, compat._AFTER_SCHEDULER) is method
+    assert compat.watch_engine_core(print) is None
+    assert getattr(EngineCore, compat._AFTER_SCHEDULER) is method, "wrapped once"
     names = EngineCore.__init__.__code__.co_names
     order = ["load_general_plugins", "scheduler", compat._AFTER_SCHEDULER]
     assert [names.index(name) for name in order] == sorted(map(names.index, order))
     monkeypatch.delattr(EngineCore, compat._AFTER_SCHEDULER)
-    assert not compat.watch_engine_core(print)
+    assert "groups can't be checked" in compat.watch_engine_core(print)

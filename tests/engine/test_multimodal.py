@@ -7,8 +7,8 @@ from vllm.model_executor.layers.attention import Attention
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.zoo.reference import NAME, logprobs
-from vllm_sink.attention.rotation import Unknown
-from vllm_sink.attention.rotation_measure import measure_model
+from vllm_sink.rotation.measure import measure_model
+from vllm_sink.rotation.table import Unknown
 
 SINKS, WINDOW, LENGTH, VOCABULARY = 4, 60, 300, 512
 

@@ -19,8 +19,8 @@ import ray
 
 from tests.helpers.random_llama import save_llama
 from tests.helpers.ray_nodes import earlier_cluster
-from vllm_sink.engine.compat import register_backend_member
-from vllm_sink.engine.ray_executor import CpuRayExecutor, RayExecutorV2
+from vllm_sink.plugin.compat import register_backend_member
+from vllm_sink.plugin.ray_executor import CpuRayExecutor, RayExecutorV2
 
 SINKS, WINDOW = 4, 60
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}

@@ -59,7 +59,7 @@ def test_a_dead_replica_gives_an_error_event_once_the_stream_runs(
     from ray.llm._internal.serve.core.ingress.utils import _openai_json_wrapper
     from ray.serve.llm.ingress import OpenAiIngress
 
-    from vllm_sink.engine.ray_serve import SinkIngress
+    from vllm_sink.plugin.ray_serve import SinkIngress
 
     async def dying(self, **request):
         for index in range(num_events):
@@ -96,7 +96,7 @@ def test_a_dead_replica_gives_an_error_event_once_the_stream_runs(
 )
 def test_the_router_reads_a_text_in_every_prompt(prompt, text):
     """Ray's divides by its length, and asks for it again without end."""
-    from vllm_sink.engine.ray_serve import SinkRouter
+    from vllm_sink.plugin.ray_serve import SinkRouter
 
     router = SinkRouter.__new__(SinkRouter)
     request = SimpleNamespace(args=[SimpleNamespace(prompt=prompt)])

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ from vllm import envs, platforms
 from vllm.platforms import current_platform
 
 import vllm_sink
-from tests.helpers.refusals import CASES, stub_config
+from tests.helpers.refusals import CASES, stub_engine
 from vllm_sink import __version__
 from vllm_sink.cache import metrics
-from vllm_sink.engine import compat
+from vllm_sink.engine import Engine
+from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.refusals import CHECKS, find_refusals, validate_engine
+from vllm_sink.start.checks import CHECKS, check_settings
 
 
 @pytest.mark.parametrize(
@@ -42,27 +44,30 @@ def test_defaults_and_foreign_keys():
     assert SinkConfig.from_additional_config({"other": 1}) == SinkConfig()
 
 
+def refusals(engine: Engine) -> dict[str, str]:
+    """What each check refuses, by its name."""
+    found = {}
+    for check in CHECKS:
+        try:
+            check(engine)
+        except ValueError as error:
+            found[check.__name__] = str(error)
+    return found
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_engine_settings(case):
-    assert validate_engine(stub_config()) == SinkConfig()
-    config = stub_config(**case.changes)
-    assert [refusal.name for refusal in find_refusals(config)] == [case.setting]
-    with pytest.raises(ValueError, match=case.message):
-        validate_engine(config)
+    check_settings(stub_engine())
+    (text,) = refusals(stub_engine(**case.changes)).values()
+    assert text.startswith(f"{case.setting} must ") and re.search(case.message, text)
 
 
 def test_every_check_has_a_case():
     """So that a refusal nobody tried doesn't reach a user."""
-    seen = {
-        check
-        for case in CASES
-        for check in CHECKS
-        if list(check(stub_config(**case.changes), SinkConfig()))
-    }
-    unseen = {check.__name__ for check in set(CHECKS) - seen}
-    # Tests of their own rooms.
-    own = {"_interpreter", "_retrieval_heads", "_platform", "changed_rotation"}
-    assert unseen <= own
+    seen = {name for case in CASES for name in refusals(stub_engine(**case.changes))}
+    unseen = {check.__name__ for check in CHECKS} - seen
+    # These have tests of their own.
+    assert unseen <= {"_interpreter", "_retrieval_heads", "_platform", "_own_rotation"}
 
 
 def test_a_platform_that_ignores_the_flag(monkeypatch):
@@ -70,17 +75,15 @@ def test_a_platform_that_ignores_the_flag(monkeypatch):
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     monkeypatch.setattr(envs, "VLLM_TARGET_DEVICE", "cpu", raising=False)
     monkeypatch.setattr(platforms, "_current_platform", None)
-    (refusal,) = find_refusals(stub_config())
-    assert str(refusal) == (
+    (text,) = refusals(stub_engine()).values()
+    assert text == (
         "VLLM_TARGET_DEVICE must leave the choice of the CPU platform to vLLM's "
         "plugins with --attention-backend sink, which vLLM's own ignores, got 'cpu'; "
         "unset it: a vLLM that is built for CPUs needs none"
     )
     monkeypatch.delenv("VLLM_TARGET_DEVICE")  # another reason for the same class
-    (refusal,) = find_refusals(stub_config())
-    assert str(refusal).startswith("platform must leave") and "CpuPlatform" in str(
-        refusal
-    )
+    (text,) = refusals(stub_engine()).values()
+    assert text.startswith("platform must leave") and "CpuPlatform" in text
 
 
 def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
@@ -100,16 +103,10 @@ def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
             "model_config__get_total_num_kv_heads": lambda: 2,
             "model_config__get_sliding_window": lambda: None,
         }
-        config = validate_engine(stub_config(**changes, model_config__max_model_len=64))
-        assert config == SinkConfig(4, 64)
-    with pytest.raises(ValueError, match="pipeline_parallel_size must be 1"):
-        validate_engine(stub_config(**changes, model_config__max_model_len=8192))
-
-
-def test_all_refusals_are_found_at_once():
-    changes = CASES[0].changes | CASES[2].changes
-    names = [refusal.name for refusal in find_refusals(stub_config(**changes))]
-    assert names == [CASES[0].setting, CASES[2].setting]
+        engine = stub_engine(**changes, model_config__max_model_len=64)
+        assert not refusals(engine) and engine.config == SinkConfig(4, 64)
+    engine = stub_engine(**changes, model_config__max_model_len=8192)
+    assert refusals(engine)["_retrieval_heads"].startswith("pipeline_parallel_size")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.helpers.random_llama import save_llama
-from vllm_sink.policy import rotary_rows, table_length
-from vllm_sink.policy.own_rotation import rotation_change
+from vllm_sink.rotation import rotary_rows, table_length
+from vllm_sink.rotation.own_rotation import rotation_change
 
 TRAINED, ASKED = 128, 1000
 TINY = {

@@ -4,11 +4,17 @@ On the CPU our platform class refuses in the process that reads the command. On
 CUDA and ROCm it isn't there: ``as_on_cuda`` takes its part away.
 """
 
+import re
+
 import pytest
+import torch
+import vllm.config
 
 from tests.helpers.engine import core, model_runner, sink_engine
 from tests.helpers.random_llama import save_big_code, save_llama
-from vllm_sink.engine import start
+from tests.helpers.refusals import stub_config
+from vllm_sink.plugin import compat
+from vllm_sink.start import checks, hook
 
 SECTION = {"sink": {"num_sink_tokens": 4, "window_size": 60}}
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
@@ -50,9 +56,10 @@ def test_refusals_as_on_cuda(model, as_on_cuda):
 
 def test_without_the_section_nothing_is_asked(model, monkeypatch):
     seen = []
-    real = start.check_start
-    monkeypatch.setattr(start, "check_start", lambda c: (seen.append(c), real(c)))
-    monkeypatch.setattr(start, "_checked", None)
+    real = checks.refuse_forgotten_backend
+    monkeypatch.setattr(
+        checks, "refuse_forgotten_backend", lambda c: (seen.append(c), real(c))
+    )
     with sink_engine(model, max_model_len=256, skip_tokenizer_init=True) as llm:
         config = core(llm).vllm_config
         # vLLM builds models under their configuration, and torch tells of modules:
@@ -118,13 +125,17 @@ def test_a_wrong_number_of_heads(tmp_path):
     )
 
 
-def test_a_vllm_whose_groups_nobody_can_see(model, monkeypatch):
-    monkeypatch.setattr(start.compat, "watch_engine_core", lambda check: False)
-    refused(
-        r"vllm must be 0\.32 or 0\.33 with .* whose KV cache groups can't be checked",
-        model,
-        attention_backend="sink",
+def test_a_vllm_whose_groups_nobody_can_see(monkeypatch):
+    monkeypatch.setattr(compat, "_AFTER_SCHEDULER", "no_such_method")
+    why = compat.watch_engine_core(print)
+    assert re.search(r"0\.32 or 0\.33 with .* whose KV cache groups can't be ch", why)
+    parent, child = torch.nn.Module(), torch.nn.Module()
+    vllm_config = stub_config()
+    monkeypatch.setattr(
+        vllm.config, "get_current_vllm_config_or_none", lambda: vllm_config
     )
+    with pytest.raises(ValueError, match=re.escape(why)):
+        hook.on_module(why, parent, "child", child)
 
 
 @pytest.mark.usefixtures("importable_multimodal_models")

@@ -8,13 +8,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from tests.helpers.refusals import drafter, stub_config
+from tests.helpers.refusals import Config, drafter, stub_config
 from vllm_sink.attention import base
 from vllm_sink.attention.gpu import SinkGpuImpl
 from vllm_sink.attention.gpu_plan import SinkGpuMetadataBuilder
-from vllm_sink.attention.rotation import Rotation
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.rotation.table import RotaryTable
 
 SINKS, WINDOW = 4, 28
 MAX_LEN = 256
@@ -45,10 +45,9 @@ def make_builder(
         "get_layers_from_vllm_config",
         lambda _, kind, names: {"layer": layer} if kind is Attention else {},
     )
-    rotation = None if cos_sin_cache is None else Rotation(cos_sin_cache, True)
+    rotation = None if cos_sin_cache is None else RotaryTable(cos_sin_cache, True)
     monkeypatch.setattr(base, "find_rotation", lambda *_: rotation)
     monkeypatch.setattr(base, "measured_rotation", lambda *_: None)
-    monkeypatch.setattr(base, "refuse_layers", lambda *_: None)
     speculative = num_speculative_tokens and drafter(
         "ngram", num_speculative_tokens=num_speculative_tokens, parallel_drafting=False
     )
@@ -63,7 +62,7 @@ def make_builder(
         scheduler_config__max_num_batched_tokens=64,
         scheduler_config__max_num_seqs=max_num_seqs,
         cache_config__block_size=block_size,
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=64),
+        compilation_config=Config(max_cudagraph_capture_size=64),
         speculative_config=speculative,
     )
     shape = {

@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
-from vllm_sink.engine import compat
+from vllm_sink.plugin import compat
 from vllm_sink.policy.layout import RetentionPolicy
 
 

@@ -11,7 +11,7 @@ import sys
 
 import ray
 
-from vllm_sink.engine.ray_executor import CpuRayExecutor
+from vllm_sink.plugin.ray_executor import CpuRayExecutor
 
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",

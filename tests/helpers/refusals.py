@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_sink.engine import Engine
+
 
 def backend(name: str) -> SimpleNamespace:
     """Looks like a member of vLLM's enum of attention backends."""
@@ -26,13 +28,17 @@ def drafter(method: str, **changes: Any) -> SimpleNamespace:
     return config
 
 
+class Config(SimpleNamespace):
+    """Can be referred to weakly, as vLLM's own."""
+
+
 def stub_config(**changes: Any) -> SimpleNamespace:
     """What the checks read of a ``VllmConfig``: a model that is served as it is.
 
     Args:
         changes: Values by name; ``owner__name`` is the field of an inner config.
     """
-    config = SimpleNamespace(
+    config = Config(
         additional_config={},
         attention_config=SimpleNamespace(backend=backend("SINK"), backend_per_kind={}),
         parallel_config=SimpleNamespace(
@@ -40,6 +46,7 @@ def stub_config(**changes: Any) -> SimpleNamespace:
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
         ),
+        compilation_config=Config(static_forward_context={}),
         kv_transfer_config=None,
         speculative_config=None,
         cache_config=SimpleNamespace(sliding_window=None),
@@ -47,11 +54,13 @@ def stub_config(**changes: Any) -> SimpleNamespace:
         model_config=SimpleNamespace(
             model="m",
             max_model_len=4096,
+            hf_overrides=None,
             use_mla=False,
             is_encoder_decoder=False,
             is_attention_free=False,
             is_mm_prefix_lm=False,
             attention_chunk_size=None,
+            hf_config=SimpleNamespace(),
             hf_text_config=SimpleNamespace(),
         ),
     )
@@ -59,6 +68,14 @@ def stub_config(**changes: Any) -> SimpleNamespace:
         owner, _, name = path.rpartition("__")
         setattr(getattr(config, owner) if owner else config, name, value)
     return config
+
+
+def stub_engine(**changes: Any) -> Engine:
+    """The record of an engine of :func:`stub_config`, which lives as long."""
+    vllm_config = stub_config(**changes)
+    engine = Engine.of(vllm_config)
+    engine.kept_for_the_test = vllm_config
+    return engine
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.head_map import ModelShape
-from vllm_sink.policy.pattern_files import read_scores, recommended_fraction
+from vllm_sink.settings.pattern_files import read_scores, recommended_fraction
+from vllm_sink.settings.resolve import resolved
 from vllm_sink.tools import sizing
 
 SHAPE = ModelShape(3, 2, 6, (), "tiny")
@@ -54,16 +55,16 @@ def one_line(error: pytest.ExceptionInfo | Exception) -> None:
 def test_sections(section):
     try:
         config = SinkConfig.from_additional_config({"sink": section})
-        resolved = config.resolved(SHAPE)
+        chosen = resolved(config, SHAPE)
     except ValueError as error:
         one_line(error)
         return
-    assert resolved.policy.num_sink_tokens >= 0 and resolved.policy.window_size >= 1
+    assert chosen.policy.num_sink_tokens >= 0 and chosen.policy.window_size >= 1
     for limit in (1, 100, 2**40):
-        clipped = resolved.clipped(limit)
+        clipped = chosen.clipped(limit)
         assert clipped.window_size <= limit and clipped.num_sink_tokens <= limit
-    if resolved.has_retrieval:
-        assert resolved.head_map.num_layers == SHAPE.num_layers
+    if chosen.has_retrieval:
+        assert chosen.head_map.num_layers == SHAPE.num_layers
 
 
 def read(path) -> None:

@@ -15,7 +15,7 @@ from vllm_sink.policy.head_map import (
     select,
 )
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.resolve import resolve
+from vllm_sink.settings.resolve import resolve, resolved
 
 SHAPE = ModelShape(3, 2, 6, (("model_type", "llama"), ("hidden_size", 64)), "tiny")
 SCORES = [[0.1, 0.9], [0.5, 0.9], [0.0, 0.2]]
@@ -31,7 +31,7 @@ def write_tsv(folder, values, config=None) -> str:
 
 
 def retrieval(config: SinkConfig) -> list[list[int]]:
-    return config.resolved(SHAPE).head_map.values()
+    return resolved(config, SHAPE).head_map.values()
 
 
 class TestSelect:
@@ -199,4 +199,4 @@ class TestRefusals:
     )
     def test_values(self, settings, message):
         with pytest.raises(ValueError, match=message):
-            SinkConfig(**settings).resolved(SHAPE)
+            resolved(SinkConfig(**settings), SHAPE)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_sink.policy.lookalikes import refuse_lookalikes
+from vllm_sink.start.lookalikes import refuse_lookalikes
 
 OURS = {"num_sink_tokens": 4, "window_size": 60}
 

@@ -11,7 +11,8 @@ import torch
 from tests.policy.test_head_map import SCORES, SHAPE, retrieval, write_tsv
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.head_map import select
-from vllm_sink.policy.pattern_files import META_SUFFIX, digest, read_scores
+from vllm_sink.settings.pattern_files import META_SUFFIX, digest, read_scores
+from vllm_sink.settings.resolve import resolved
 
 BEST_TWO = [[0, 1], [0, 1], [0, 0]]
 BY_THRESHOLD = [[0, 1], [1, 1], [0, 0]]
@@ -61,7 +62,7 @@ def test_values_stay_as_they_are(tmp_path):
     assert retrieval(ranked) == BEST_TWO
     for source in (path, [path]):
         with pytest.raises(ValueError, match=r"got 10.0 in .*_heads.tsv.*; pass \"ret"):
-            SinkConfig(retrieval_heads=source).resolved(SHAPE)
+            resolved(SinkConfig(retrieval_heads=source), SHAPE)
 
 
 def test_several_files_give_the_maximum(tmp_path):
@@ -88,7 +89,7 @@ class TestWhatBelongsToAFile:
         with pytest.raises(
             ValueError, match=r"different ones, got .*0.34, .*: 0; pass"
         ):
-            SinkConfig(retrieval_heads=[one, two]).resolved(SHAPE)
+            resolved(SinkConfig(retrieval_heads=[one, two]), SHAPE)
         both = SinkConfig(retrieval_heads=[one, two], retrieval_fraction=0.34)
         assert retrieval(both) == BEST_TWO
 
@@ -99,7 +100,7 @@ class TestWhatBelongsToAFile:
         path = write_named(tmp_path / "a.tsv", SCORES, {"hidden_size": 128})
         for source in (path, [path]):
             with pytest.raises(ValueError, match="found for a model with hidden_size="):
-                SinkConfig(retrieval_heads=source).resolved(SHAPE)
+                resolved(SinkConfig(retrieval_heads=source), SHAPE)
 
     def test_content_that_was_replaced(self, tmp_path):
         content = "0.1 0.9\n0.5 0.9\n0.0 0.2\n"
@@ -108,14 +109,14 @@ class TestWhatBelongsToAFile:
         with pytest.raises(
             ValueError, match=r"must describe the content of .*delete it"
         ):
-            SinkConfig(retrieval_heads=path).resolved(SHAPE)
+            resolved(SinkConfig(retrieval_heads=path), SHAPE)
         (tmp_path / "a.tsv").write_text(content.replace(" ", "\t"))
         assert retrieval(SinkConfig(retrieval_heads=path)) == BEST_TWO
 
     def test_no_fraction(self, tmp_path):
         path = write_named(tmp_path / "a.tsv", SCORES, {"retrieval_fraction": "half"})
         with pytest.raises(ValueError, match=r"retrieval_fraction of '.*a.tsv.meta.js"):
-            SinkConfig(retrieval_heads=path).resolved(SHAPE)
+            resolved(SinkConfig(retrieval_heads=path), SHAPE)
 
     def test_duo_attentions_config(self, tmp_path):
         duo = {"sink_size": 64, "recent_size": 256}
@@ -125,7 +126,7 @@ class TestWhatBelongsToAFile:
         assert retrieval(SinkConfig(retrieval_heads=path)) == BEST_TWO
         path = write_tsv(tmp_path, SCORES, {**duo, "model_type": "qwen2"})
         with pytest.raises(ValueError, match="found for a model with model_type='qwen"):
-            SinkConfig(retrieval_heads=path).resolved(SHAPE)
+            resolved(SinkConfig(retrieval_heads=path), SHAPE)
 
     @pytest.mark.parametrize(
         "config",

@@ -21,9 +21,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers import refusals
 from tests.helpers.random_llama import save_big_code, save_llama
-from vllm_sink.cache import block_manager
-from vllm_sink.engine.compat import parse_serve_arguments
-from vllm_sink.policy.refusals import find_refusals
+from vllm_sink.plugin.compat import parse_serve_arguments
+from vllm_sink.start import log_lines
+from vllm_sink.start.checks import check_settings
 from vllm_sink.tools import check
 
 TABLE = Path(__file__).parents[2] / "docs" / "refusals.md"
@@ -174,6 +174,13 @@ def start(model: str, flags: list[str]) -> str | None:
         return check.message(error)
 
 
+def refusal(case: refusals.Case) -> str:
+    """What the configuration of a case is refused with."""
+    with pytest.raises(ValueError) as caught:
+        check_settings(refusals.stub_engine(**case.changes))
+    return str(caught.value)
+
+
 def rows() -> list[str]:
     """Every message in the first cells of the table of refusals."""
     table = TABLE.read_text().split("Elsewhere:")[0]
@@ -185,8 +192,7 @@ def rows() -> list[str]:
 def test_check_agrees_with_the_start(row, models, monkeypatch):
     found = [case for prefix, case in CASES.items() if row.startswith(prefix)]
     if not found:  # a model or drafter too rare to build: its check alone
-        stubs = [refusals.stub_config(**case.changes) for case in refusals.CASES]
-        texts = [str(text) for stub in stubs for text in find_refusals(stub)]
+        texts = [refusal(case) for case in refusals.CASES]
         assert any(row in text for text in texts), f"no case for {row!r}"
         return
     assert len(found) == 1, f"no case, or several, for the table's {row!r}"
@@ -214,7 +220,7 @@ def test_a_good_policy_needs_no_weights(models, tmp_path, monkeypatch):
     """The report is the start's: same words of the same block manager."""
     lines = []
     monkeypatch.setattr(
-        block_manager.logger, "info", lambda text, *values: lines.append(text % values)
+        log_lines.logger, "info", lambda text, *values: lines.append(text % values)
     )
     flags = section(num_sink_tokens=2, window_size=62)
     assert start(models["llama"], flags) is None

@@ -11,8 +11,10 @@ import torch
 from transformers import MistralConfig
 
 from tests.helpers.random_llama import save_llama
-from vllm_sink.policy import head_map, pattern_files
+from vllm_sink.policy import head_map
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.settings import pattern_files
+from vllm_sink.settings.resolve import resolved
 from vllm_sink.tools import cli, serve_command
 from vllm_sink.tools.heads import attention, duo, fraction, pattern, scores, texts
 
@@ -27,7 +29,7 @@ SHAPE = head_map.ModelShape(
 
 def read_back(path) -> torch.Tensor:
     """[L, HKV] bool as the plugin takes it, with no fraction given."""
-    config = SinkConfig(retrieval_heads=str(path)).resolved(SHAPE)
+    config = resolved(SinkConfig(retrieval_heads=str(path)), SHAPE)
     return torch.tensor(config.retrieval_heads).bool()
 
 
@@ -151,7 +153,7 @@ def test_the_printed_command_starts(model_path, tmp_path, capsys, monkeypatch):
     """Whatever the paths are; the tool itself has asked an engine's start."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from vllm_sink.engine.compat import parse_serve_arguments
+    from vllm_sink.plugin.compat import parse_serve_arguments
 
     model = tmp_path / 'it\'s a "model"'
     model.symlink_to(Path(model_path).resolve())

@@ -1,5 +1,8 @@
 """The ``SINK`` attention backend: what vLLM asks of a backend class.
 
+vLLM asks classes, not instances, and tells them neither engine nor layer. So each
+layer gets a class of its engine and of its kind of heads (:func:`place_layer`).
+
 The CPU path is in ``cpu``, the GPU path in ``gpu_plan`` and ``gpu``; ``base`` is
 what both share.
 """
@@ -25,25 +28,24 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_sink.attention import gpu_support
-from vllm_sink.attention.base import (
-    SinkBuilderBase,
-    SinkImplBase,
-    engine_config,
-    measure_loaded_model,
-)
+from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
-from vllm_sink.cache import heads
+from vllm_sink.cache.head_caches import add_companions
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
-
-
-def serves_in_triton() -> bool:
-    """The GPU path: on GPUs, and on a CPU if the config asks for the interpreter."""
-    return not current_platform.is_cpu() or engine_config().triton_interpreter
+from vllm_sink.engine import Engine
+from vllm_sink.rotation.measure import measure_loaded_model
 
 
 class SinkBackend(AttentionBackend):
-    """Attention sinks plus a window, exact to the token."""
+    """Attention sinks plus a window, exact to the token.
 
+    Attributes:
+        engine: The engine whose layers have this class; None before they are built.
+        is_retrieval: The layers' heads are retrieval heads.
+    """
+
+    engine: ClassVar[Engine | None] = None
+    is_retrieval: ClassVar[bool] = False
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float32,
@@ -56,9 +58,9 @@ class SinkBackend(AttentionBackend):
     def get_name() -> str:
         return "SINK"
 
-    @staticmethod
-    def get_impl_cls() -> type[SinkImplBase]:
-        if serves_in_triton():
+    @classmethod
+    def get_impl_cls(cls) -> type[SinkImplBase]:
+        if cls._serves_in_triton():
             from vllm_sink.attention.gpu import SinkGpuImpl  # imports Triton
 
             return SinkGpuImpl
@@ -66,15 +68,25 @@ class SinkBackend(AttentionBackend):
 
         return SinkCpuImpl
 
-    @staticmethod
-    def get_builder_cls() -> type[SinkBuilderBase]:
-        if serves_in_triton():
+    @classmethod
+    def get_builder_cls(cls) -> type[SinkBuilderBase]:
+        if cls._serves_in_triton():
             from vllm_sink.attention.gpu_plan import SinkGpuMetadataBuilder
 
             return SinkGpuMetadataBuilder
         from vllm_sink.attention.cpu import SinkCpuMetadataBuilder
 
         return SinkCpuMetadataBuilder
+
+    @classmethod
+    def _serves_in_triton(cls) -> bool:
+        """On GPUs; on a CPU where the settings ask for Triton's interpreter."""
+        if not current_platform.is_cpu():
+            return True
+        engine, vllm_config = cls.engine, get_current_vllm_config_or_none()
+        if engine is None and vllm_config is not None:  # a layer is being built
+            engine = Engine.of(vllm_config)
+        return engine is not None and engine.config.triton_interpreter
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
@@ -92,7 +104,7 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
-        if serves_in_triton():
+        if cls._serves_in_triton():
             return None  # any: the kernels take strides
         return (KVCacheLayout.LBHNC,)
 
@@ -145,14 +157,23 @@ class SinkBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Full attention becomes the sink policy; other windows stay what they are.
 
-        vLLM asks once the model is loaded, so this is where it is measured.
+        vLLM asks once the model is loaded, before it profiles, compiles and captures,
+        so this is where the rotation is measured.
         """
-        measure_loaded_model()
-        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
-            return SinkSpec.from_full(spec, engine_config())
+        assert cls.engine is not None, "a layer was built without being registered"
+        measure_loaded_model(cls.engine)
         if type(spec) is SlidingWindowSpec:
+            assert not cls.is_retrieval, spec
             return OwnWindowSpec.from_window(spec)
-        return spec
+        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+            assert not cls.is_retrieval, spec
+            return spec
+        config, window = cls.engine.config, None
+        if cls.is_retrieval:
+            window = config.retrieval_window_size
+            if window is None:
+                return RetrievalSpec.from_full(spec)
+        return SinkSpec.from_full(spec, config, window)
 
     @classmethod
     def refuse_unsupported(cls, selector: Any) -> None:
@@ -200,36 +221,42 @@ def _orders_cache_dtype() -> bool:
     return any(level.get(name) for level in levels for name in names)
 
 
-class SinkRetrievalBackend(SinkBackend):
-    """The same, for retrieval heads: everything is kept, or a window of their own.
+def place_layer(engine: Engine, layer: Any) -> None:
+    """Bind a layer that was just built to its engine, and give it its heads.
 
-    vLLM asks the class for a spec, so a kind of head is a class.
+    Args:
+        layer: A module with an attention backend, maybe another one than ours.
     """
+    backend = layer.attn_backend
+    is_ours = isinstance(backend, type) and issubclass(backend, SinkBackend)
+    if not is_ours or backend.engine is not None:
+        return
+    heads = engine.config.head_map
+    is_plain = backend is SinkBackend and isinstance(layer, Attention)
+    if heads is None or not heads.num_retrieval_heads or not is_plain:
+        layer.attn_backend = bound(backend, engine, is_retrieval=False)
+        return
+    add_companions(
+        engine,
+        layer,
+        heads,
+        bound(backend, engine, is_retrieval=False),
+        bound(backend, engine, is_retrieval=True),
+    )
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        measure_loaded_model()
-        config = engine_config()
-        assert type(spec) is FullAttentionSpec, spec
-        if config.retrieval_window_size is None:
-            return RetrievalSpec.from_full(spec)
-        return SinkSpec.from_full(spec, config, config.retrieval_window_size)
 
+def bound(
+    backend: type[SinkBackend], engine: Engine, *, is_retrieval: bool
+) -> type[SinkBackend]:
+    """``backend`` for an engine's layers with heads of one kind; made once.
 
-def give_heads(parent: torch.nn.Module, name: str, child: Any) -> None:
-    """A model registers a layer: give it its heads, if it has any of two kinds.
-
-    vLLM's ``Attention`` doesn't say to its backend which layer it is; torch's public
-    registration hook sees it once it has a name. Hooked in when vLLM first asks for
-    this backend, which is before it makes a layer.
+    Args:
+        backend: :class:`SinkBackend`, or what vLLM derives from it for a layer.
     """
-    if getattr(child, "attn_backend", None) is not SinkBackend:
-        return
-    head_map = engine_config().head_map
-    if head_map is None or not head_map.num_retrieval_heads:
-        return
-    if isinstance(child, Attention) and child.impl.heads is None:
-        heads.add_companions(child, head_map, SinkBackend, SinkRetrievalBackend)
-
-
-torch.nn.modules.module.register_module_module_registration_hook(give_heads)
+    known = engine.backends.get((backend, is_retrieval))
+    if known is None:
+        # vLLM tells groups of layers apart by the class's qualified name, too.
+        name = f"{backend.__qualname__}{'OfRetrievalHeads' if is_retrieval else ''}"
+        known = type(name, (backend,), {"engine": engine, "is_retrieval": is_retrieval})
+        engine.backends[backend, is_retrieval] = known
+    return known

@@ -1,12 +1,10 @@
 """What the CPU path and the GPU path share: policy, rotation, layer settings.
 
-The policy travels like this: vLLM builds the layers under the engine's config,
-where :class:`SinkImplBase` reads it and remembers it for this process;
-``customize_spec``, which vLLM calls later without any config, puts it into the
-spec, which is pickled to the engine core. :class:`SinkBuilderBase` checks that
-spec and config agree, and tells each layer how its keys were rotated.
+The engine's record (:mod:`vllm_sink.engine`) has the policy; ``customize_spec`` puts
+it into the spec, which is pickled to the engine core. :class:`SinkBuilderBase` checks
+that spec and record agree, and tells each layer how its keys were rotated.
 
-Heads of two policies (:mod:`vllm_sink.cache.heads`): a layer's KV heads are in
+Heads of two policies (:mod:`vllm_sink.cache.head_caches`): a layer's KV heads are in
 several KV cache groups, each with a builder, a policy and a block table. For a layer
 forward, all that is needed hangs together like this::
 
@@ -27,7 +25,7 @@ metadata's step then has that one part.
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -46,22 +44,17 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sink.attention.head_counts import check_head_counts
-from vllm_sink.attention.loaded import refuse_layers
-from vllm_sink.attention.rotation import (
-    Rotation,
+from vllm_sink.cache.head_caches import HeadCache, HeadGroup, HeadGroups, Padding
+from vllm_sink.cache.spec import SinkSpec
+from vllm_sink.engine import Engine
+from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.rotation.table import (
+    RotaryTable,
     check_table,
     find_rotation,
     measured_rotation,
 )
-from vllm_sink.attention.rotation_exact import trained_length
-from vllm_sink.attention.rotation_measure import measure_rotations
-from vllm_sink.cache import start_line
-from vllm_sink.cache.heads import HeadCache, HeadGroup, HeadGroups, Padding
-from vllm_sink.cache.spec import SinkSpec
-from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.refusals import validate_engine
 
 M = TypeVar("M")
 
@@ -84,66 +77,6 @@ class Step:
         return all(part is not None for part in self.parts)
 
 
-# The config of the engine whose layers were built last in this process.
-_engine_config = SinkConfig()
-_vllm_config: weakref.ref[VllmConfig] | None = None  # vLLM's own of it
-
-
-def engine_config() -> SinkConfig:
-    """The config of the engine being built, or of the one built last."""
-    global _engine_config, _vllm_config
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is not None:
-        _engine_config = validate_engine(vllm_config)
-        before = _vllm_config() if _vllm_config is not None else None
-        # A drafter has a config of its own, for as long as it loads; the layers of
-        # both are in the same compilation config.
-        if (
-            before is None
-            or before.compilation_config is not vllm_config.compilation_config
-        ):
-            _vllm_config = weakref.ref(vllm_config)
-    return _engine_config
-
-
-def measure_loaded_model() -> None:
-    """Measure the heads and rotations of the engine built last, once it is loaded.
-
-    Rotations are needed where queries are turned, and where positions exceed the
-    trained length: its tables are then made exact.
-
-    Called where vLLM asks for the layers' KV cache specs, before it profiles,
-    compiles and captures; once a layer.
-    """
-    vllm_config = _vllm_config() if _vllm_config is not None else None
-    if vllm_config is None:
-        return
-    check_head_counts(vllm_config, _sink_layers(vllm_config))
-    model = vllm_config.model_config
-    beyond = model.max_model_len > trained_length(model)
-    if beyond or _needs_rotations(vllm_config):
-        measure_rotations(vllm_config, _sink_layers(vllm_config))
-
-
-def _sink_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    """All layers of the engine that this backend serves."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer.impl, SinkImplBase)
-    }
-
-
-def _needs_rotations(vllm_config: VllmConfig) -> bool:
-    """Whether any query is ever turned."""
-    config = validate_engine(vllm_config)
-    policies = [config.policy, config.retrieval_policy]
-    budget = min(policy.budget for policy in policies if policy is not None)
-    reached = budget < vllm_config.model_config.max_model_len
-    return reached and config.sink_positions == "cache" and config.num_sink_tokens > 0
-
-
 class SinkBuilderBase(AttentionMetadataBuilder[M]):
     """Knows the policy of a group of layers and the rotation of their keys."""
 
@@ -155,8 +88,9 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        config = validate_engine(vllm_config)
-        refuse_layers(vllm_config)
+        self.engine = Engine.of(vllm_config)
+        config = self.engine.config
+        self.engine.finish_loading(kv_cache_spec)
         self.layers: dict[str, Any] = get_layers_from_vllm_config(
             vllm_config, Attention, layer_names
         )
@@ -174,17 +108,13 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.layers.update({head.owner.layer_name: head.owner for head in real})
         self._check_tables(vllm_config)
         self.block_size = kv_cache_spec.block_size
-        if config.has_retrieval:
-            trained = trained_length(vllm_config.model_config)
-            start_line.tell_once(vllm_config, config, kv_cache_spec, trained)
         # id of a rotary table -> the rotation, for tables that turns need.
-        self.rotations: dict[int, Rotation] = {}
+        self.rotations: dict[int, RotaryTable] = {}
         if isinstance(kv_cache_spec, SinkSpec):
             max_model_len = vllm_config.model_config.max_model_len
             self.policy = RetentionPolicy(
                 kv_cache_spec.num_sink_tokens, kv_cache_spec.sliding_window
             ).clipped(max_model_len)
-            config = config.clipped(max_model_len)  # vLLM may have shortened it since
             assert self.policy in (config.policy, config.retrieval_policy), (
                 f"spec has {self.policy}, config has {config.policy} and "
                 f"{config.retrieval_policy}"
@@ -201,7 +131,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         """Whatever was measured has a row for every position, turned or not."""
         max_model_len = vllm_config.model_config.max_model_len
         for name, layer in self.layers.items():
-            rotation = measured_rotation(layer)
+            rotation = measured_rotation(self.engine, layer)
             if rotation is None:
                 continue
             # A drafter is built under a copy of the target's attention config.
@@ -216,11 +146,11 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         if not reached:
             return
         for name, layer in self.layers.items():
-            rotation = find_rotation(name, layer)
+            rotation = find_rotation(self.engine, name, layer)
             if rotation is None:
                 continue
             layer.impl.rotation = rotation
-            self.rotations[id(rotation.cos_sin_cache)] = rotation
+            self.rotations[id(rotation.rows)] = rotation
 
     def join_step(self, common: CommonAttentionMetadata, metadata: Any) -> Step:
         """Make a group's metadata a part of its step, which the first group begins.
@@ -258,9 +188,12 @@ class SinkImplBase(AttentionImpl[M]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        engine_config()  # remembered for customize_spec
         vllm_config = get_current_vllm_config_or_none()
         self.attention_config = vllm_config and vllm_config.attention_config
+        # What layers of one engine share; a layer without one shares nothing.
+        self.scratch: MutableMapping[Any, Any] = (
+            Engine.of(vllm_config).scratch if vllm_config is not None else {}
+        )
         if alibi_slopes is not None:
             raise ValueError(
                 "model must not use ALiBi with --attention-backend sink, got "
@@ -279,4 +212,4 @@ class SinkImplBase(AttentionImpl[M]):
         self.heads: tuple[HeadCache, ...] | None = None
         # Set by the builder, which sees the layers; None: no turn. Which of the
         # heads turn, and where, is their policies' matter.
-        self.rotation: Rotation | None = None
+        self.rotation: RotaryTable | None = None

@@ -13,8 +13,8 @@ from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
-from vllm_sink.attention.head_counts import refuse_other_heads
-from vllm_sink.attention.rotation import Rotation
+from vllm_sink.rotation.head_counts import refuse_other_heads
+from vllm_sink.rotation.table import RotaryTable
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SinkCpuMetadata(AttentionMetadata):
 
     kind: Kind
     slots: torch.Tensor
-    rotations: dict[int, Rotation]
+    rotations: dict[int, RotaryTable]
     step: Step = field(init=False, repr=False)
 
 
@@ -190,7 +190,7 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
             write.write_kv(key, value, caches, plan.slots)
         turns = None
         if self.rotation is not None:
-            turns = plan.turns.get(id(self.rotation.cos_sin_cache))
+            turns = plan.turns.get(id(self.rotation.rows))
         attention.attend(
             query[:n],
             caches,

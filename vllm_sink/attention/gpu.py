@@ -11,7 +11,6 @@ slots, S and W from a table on the device.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +25,7 @@ from vllm_sink_kernels.triton.prefill import PrefillLauncher
 from vllm_sink.attention.base import SinkImplBase, Step
 from vllm_sink.attention.gpu_plan import SinkGpuMetadata
 from vllm_sink.attention.gpu_support import FP8_KV_CACHE_DTYPES
-from vllm_sink.attention.head_counts import refuse_other_heads
-
-# (device, elements) -> scratch of decode's splits. Layers of one process share it:
-# they run one after another on one stream.
-_workspaces: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+from vllm_sink.rotation.head_counts import refuse_other_heads
 
 
 class Launchers(NamedTuple):
@@ -167,7 +162,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
             scale=self.scale,
             num_sink_tokens=plan.policy.num_sink_tokens,
             window_size=plan.policy.window_size,
-            cos_sin_cache=None if rotation is None else rotation.cos_sin_cache,
+            cos_sin_cache=None if rotation is None else rotation.rows,
             is_neox=rotation is None or rotation.is_neox,
             soft_cap=self.soft_cap,
             sink_logits=self.sink_logits,
@@ -219,7 +214,10 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
         return table
 
     def _reserve_workspace(self, device: torch.device) -> None:
-        """Scratch for decode's splits, a few MB; of no step's size."""
+        """Scratch for decode's splits, a few MB; of no step's size.
+
+        An engine's layers share it: they run one after another on one stream.
+        """
         if self._workspace is None:
             (elements,) = workspace_shape(
                 self.num_heads,
@@ -227,10 +225,10 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
                 1 if self.heads is not None else self.num_kv_heads,
                 launch_config.num_cores(device),
             )
-            shared = _workspaces.get((device, elements))
+            shared = self.scratch.get((device, elements))
             if shared is None:
                 shared = torch.empty(elements, dtype=torch.float32, device=device)
-                _workspaces[device, elements] = shared
+                self.scratch[device, elements] = shared
             self._workspace = shared
 
     def _cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

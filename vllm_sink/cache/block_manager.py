@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHashList,
@@ -28,9 +27,6 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_sink.cache.counted import CountedBlocks, RetrievalManager
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.layout import cdiv
-from vllm_sink.policy.words import start_line
-
-logger = init_logger("vllm.plugins.sink")
 
 
 class SinkManager(CountedBlocks, SlidingWindowManager):
@@ -42,24 +38,6 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
         self.num_sink_blocks = self.policy.num_sink_blocks(self.block_size)
         if kv_cache_spec.is_retrieval:
             self.gauge = RetrievalManager.gauge
-        self._log_policy(kv_cache_spec)
-
-    def _log_policy(self, spec: SinkSpec) -> None:
-        self.start_line: str | None = None
-        if spec.shares_pool:
-            return  # cache.start_line tells of all kinds of heads at once
-        cap = self.max_admission_blocks_per_request
-        assert cap is not None, "vLLM caps every subclass of SlidingWindowSpec"
-        self.start_line = start_line(
-            spec.policy,
-            sink_positions=spec.sink_positions,
-            max_model_len=spec.asked_max_model_len,
-            max_blocks=cap,
-            pool_blocks=self.block_pool.num_gpu_blocks - 1,  # less the null block
-            block_size=self.block_size,
-            block_bytes=spec.num_layers * spec.page_size_bytes,
-        )
-        logger.info("%s", self.start_line)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Length of the skipped *head*: none, the sinks stay.

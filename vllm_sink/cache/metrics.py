@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import shutil
@@ -38,9 +39,8 @@ FILE_BYTES = 1 << 16  # more than the names above take
 
 logger = init_logger("vllm.plugins.sink")
 
-_is_registered = False
 
-
+@functools.cache
 def register_collector() -> None:
     """Name the folder and read it on every scrape; once in a server's processes.
 
@@ -49,10 +49,8 @@ def register_collector() -> None:
     server that a process with the plugin launches gets a folder of its own. Nothing
     is created here.
     """
-    global _is_registered
-    if _is_registered or multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None:
         return
-    _is_registered = True
     from prometheus_client import REGISTRY
 
     folder = os.path.join(
@@ -129,30 +127,26 @@ def _with_room(folder: str, name: str) -> str:
     return path
 
 
-_metrics: SinkMetrics | None = None
-_owner = 0
-
-
 def metrics() -> SinkMetrics | None:
     """This process's metrics; None where no folder reached it (a Ray worker).
 
     None, too, where the folder can't be written: serving is worth more than counters.
     """
-    global _metrics, _owner
-    if _owner != os.getpid():
-        folder = os.environ.get(VLLM_FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
-        if folder is None:
-            return None
-        _owner = os.getpid()
-        try:
-            _metrics = SinkMetrics(folder)
-        except OSError as error:
-            _metrics = None
-            logger.warning(
-                "TMPDIR (or %s, where it is set) must be a folder with room for the "
-                "policy's counters, got %s; /metrics is without them until the server "
-                "is started with one",
-                VLLM_FOLDER_VARIABLE,
-                error,
-            )
-    return _metrics
+    folder = os.environ.get(VLLM_FOLDER_VARIABLE) or os.environ.get(FOLDER_VARIABLE)
+    return None if folder is None else _metrics_in(folder, os.getpid())
+
+
+@functools.cache
+def _metrics_in(folder: str, pid: int) -> SinkMetrics | None:
+    """Made once a process: a forked child has a pid, and files, of its own."""
+    try:
+        return SinkMetrics(folder)
+    except OSError as error:
+        logger.warning(
+            "TMPDIR (or %s, where it is set) must be a folder with room for the "
+            "policy's counters, got %s; /metrics is without them until the server "
+            "is started with one",
+            VLLM_FOLDER_VARIABLE,
+            error,
+        )
+        return None

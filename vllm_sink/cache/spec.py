@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_sink.policy.config import SinkConfig, SinkPositions
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
 
 if TYPE_CHECKING:
@@ -49,30 +49,20 @@ class SinkSpec(SlidingWindowSpec):
     to a ``SinkSpec`` of its W, which then is managed as a plain window and loses its
     sinks. So no layer of this backend has vLLM's own class: a window of the model's
     own is an :class:`OwnWindowSpec`. Whatever gets past that ends the start:
-    :mod:`vllm_sink.engine.groups`.
+    :mod:`vllm_sink.start.groups`.
 
     Args:
         num_sink_tokens: S, tokens.
         sliding_window: W, tokens, the query's own included (inherited).
-        sink_positions: Carried for the engine core's log line, as the last two; the
-            block manager does not depend on them.
-        shares_pool: Other heads of the model are in the same pool, so what these
-            hold doesn't tell how many requests fit.
         is_retrieval: These are retrieval heads with a window of their own.
         num_layers: Layers that share the group's block table, once vLLM has merged
             their specs into the group's. 0 where it didn't: layers whose pages
             differ in size keep their specs, and the manager gets any one of them.
-        asked_max_model_len: vLLM's last question about a request's blocks was for
-            this length. Nothing else tells the engine core's manager, and
-            ``--max-model-len -1`` is settled after the layers' specs are made.
     """
 
     num_sink_tokens: int
-    sink_positions: SinkPositions = "cache"
-    shares_pool: bool = False
     is_retrieval: bool = False
     num_layers: int = field(default=0, compare=False)
-    asked_max_model_len: int = field(default=0, compare=False)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -93,7 +83,6 @@ class SinkSpec(SlidingWindowSpec):
         Args:
             window_size: W of retrieval heads; None for the policy's.
         """
-        heads = config.head_map
         return cls(
             block_size=spec.block_size,
             dcp_sharded=spec.dcp_sharded,
@@ -109,8 +98,6 @@ class SinkSpec(SlidingWindowSpec):
             tokens_per_state=spec.tokens_per_state,
             sliding_window=window_size or config.window_size,
             num_sink_tokens=config.num_sink_tokens,
-            sink_positions=config.sink_positions,
-            shares_pool=heads is not None and not heads.is_uniform,
             is_retrieval=window_size is not None,
         )
 
@@ -138,8 +125,6 @@ class SinkSpec(SlidingWindowSpec):
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
         """Most blocks a request holds; see :meth:`RetentionPolicy.max_blocks`."""
-        # Frozen, but for what is no part of the spec's identity.
-        object.__setattr__(self, "asked_max_model_len", max_model_len)
         return self.policy.max_blocks(
             max_in_flight_tokens, max_model_len, self.block_size
         )

@@ -4,7 +4,7 @@
 on the command line, the same dict as ``LLM(additional_config=...)``. vLLM
 carries ``additional_config`` to every process, Ray workers included, which
 environment variables don't reach. Whether an engine can honour them is asked in
-:mod:`vllm_sink.policy.refusals`.
+:mod:`vllm_sink.start.checks`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vllm_sink.policy.head_map import (
-    HeadMap,
-    ModelShape,
-    check_fraction,
-    check_scale,
-    select,
-)
+from vllm_sink.policy.head_map import HeadMap, check_fraction, select
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.pattern_files import (
-    check_model,
-    read_scores,
-    recommended_fraction,
-)
 
 SECTION = "sink"
 SinkPositions = Literal["cache", "absolute"]
@@ -43,7 +32,7 @@ class SinkConfig:
             leaves it as it is.
         retrieval_heads: Which KV heads keep more than the policy: a score for each,
             [layers][KV heads], or the path of a pattern file, or paths of several
-            (:mod:`vllm_sink.policy.pattern_files` lists the formats). None: no head.
+            (:mod:`vllm_sink.settings.pattern_files` lists the formats). None: no head.
         retrieval_fraction: 0 to 1, how many KV heads are retrieval heads, the best
             by score, whatever its scale. None: what the JSON that belongs to the file
             recommends, else those with a score of at least 0.5 of 0 to 1.
@@ -114,7 +103,7 @@ class SinkConfig:
 
     @property
     def head_map(self) -> HeadMap | None:
-        """The chosen heads; None without. Settings must be :meth:`resolved`."""
+        """The chosen heads; None without. Settings must be resolved."""
         if not self.has_retrieval:
             return None
         assert isinstance(self.retrieval_heads, (list, tuple)), (
@@ -122,38 +111,6 @@ class SinkConfig:
             f"{self.retrieval_heads!r}"
         )
         return select(self.retrieval_heads)
-
-    def resolved(self, shape: ModelShape) -> SinkConfig:
-        """Files read, fraction and layers applied: ``retrieval_heads`` of 0 and 1.
-
-        Resolving again changes nothing.
-
-        Raises:
-            ValueError: A file or a map that doesn't fit the model, by name.
-        """
-        if not self.has_retrieval:
-            return self
-        for layer in self.retrieval_layers or ():
-            if layer >= shape.num_layers:
-                raise ValueError(
-                    f"sink.retrieval_layers must be below {shape.num_layers}, the "
-                    f"layers of {shape.name}, got {layer}; the first layer is 0"
-                )
-        scores = [[0.0] * shape.num_kv_heads] * shape.num_layers
-        fraction = self.retrieval_fraction
-        if self.retrieval_heads is not None:
-            check_model(self.retrieval_heads, shape)
-            scores = read_scores(self.retrieval_heads, shape)
-            if fraction is None:
-                fraction = recommended_fraction(self.retrieval_heads)
-            check_scale(scores, fraction, self.retrieval_heads)
-        chosen = select(scores, fraction, self.retrieval_layers or ())
-        return replace(
-            self,
-            retrieval_heads=chosen.values(),
-            retrieval_fraction=None,
-            retrieval_layers=None,
-        )
 
     @property
     def retrieval_policy(self) -> RetentionPolicy | None:

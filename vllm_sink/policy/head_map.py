@@ -6,8 +6,8 @@ KV head share its policy::
 
     scores [layers][KV heads]   --fraction, layers-->   HeadMap (true: retrieval)
 
-Files of scores are read by :mod:`vllm_sink.policy.pattern_files`, once, in the process
-that configures the engine; workers get values.
+Files of scores are read by :mod:`vllm_sink.settings.pattern_files`, once, in the
+process that configures the engine; workers get values.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def check(model: str, flags: list[str]) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from vllm_sink.engine import compat
+    from vllm_sink.plugin import compat
 
     arguments = compat.parse_serve_arguments(model, flags)
     report: dict[str, Any] = {"model": arguments.model, **machine()}
@@ -124,7 +124,7 @@ def machine() -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     import vllm_sink
-    from vllm_sink.engine import compat
+    from vllm_sink.plugin import compat
 
     return {
         "vllm_sink": vllm_sink.__version__,
@@ -142,9 +142,8 @@ def machine() -> dict[str, Any]:
 def look(engine: Any) -> dict[str, Any]:
     """The policy of an engine that runs, layer by layer."""
     from vllm_sink.attention.base import SinkImplBase
-    from vllm_sink.cache import start_line
-    from vllm_sink.policy import refusals
-    from vllm_sink.policy.config import SinkConfig
+    from vllm_sink.engine import Engine
+    from vllm_sink.start import checks, log_lines
 
     vllm_config = engine.vllm_config
     model_config = vllm_config.model_config
@@ -152,11 +151,11 @@ def look(engine: Any) -> dict[str, Any]:
         "max_model_len": model_config.max_model_len,
         "dtype": str(model_config.dtype).removeprefix("torch."),
         "block_size": vllm_config.cache_config.block_size,
-        "is_selected": refusals.is_selected(vllm_config),
+        "is_selected": checks.is_selected(vllm_config),
     }
     if not found["is_selected"]:
         return found
-    config = SinkConfig.from_additional_config(vllm_config.additional_config)
+    config = Engine.of(vllm_config).config
     layers = vllm_config.compilation_config.static_forward_context.values()
     impls = [
         layer.impl
@@ -166,9 +165,9 @@ def look(engine: Any) -> dict[str, Any]:
     managers = (
         engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
     ).single_type_managers
-    lines = [getattr(manager, "start_line", None) for manager in managers]
+    lines: list[str | None] = [*log_lines.policy_lines(vllm_config, managers)]
     page_bytes = managers[0].kv_cache_spec.page_size_bytes
-    lines.append(start_line.retrieval_line(vllm_config, config, page_bytes))
+    lines.append(log_lines.retrieval_line(vllm_config, config, page_bytes))
     return found | {
         "num_sink_tokens": config.num_sink_tokens,
         "window_size": config.window_size,

@@ -19,7 +19,8 @@ from typing import Any
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.words import format_bytes
+from vllm_sink.settings.resolve import resolved
+from vllm_sink.start.log_lines import format_bytes
 from vllm_sink.tools.cache_shape import CacheShape
 from vllm_sink.tools.cli import print_json
 from vllm_sink.tools.model_layers import (
@@ -235,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     sink = measure(shape, policy, **request, block_size=args.block_size)
     header = f"sink {policy.num_sink_tokens}+{policy.window_size}"
     if settings.has_retrieval:
-        settings = settings.resolved(model_shape(config, repr(args.model)))
+        settings = resolved(settings, model_shape(config, repr(args.model)))
     heads = settings.head_map
     if heads is not None and heads.num_retrieval_heads:
         kept = settings.retrieval_policy

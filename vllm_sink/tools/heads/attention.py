@@ -14,6 +14,7 @@ window of their own keep it, whatever the policy.
 from __future__ import annotations
 
 import contextlib
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,15 +50,16 @@ class Headwise:
     watch_from: int = 0
 
     def __enter__(self) -> Headwise:
-        assert not _in_force, "one Headwise at a time"
-        _in_force.append(self)
+        assert _in_force.get() is None, "one Headwise at a time"
+        _in_force.set(self)
         return self
 
     def __exit__(self, *_) -> None:
-        _in_force.clear()
+        _in_force.set(None)
 
 
-_in_force: list[Headwise] = []
+# Transformers calls attention by a name and hands it nothing of ours.
+_in_force: ContextVar[Headwise | None] = ContextVar("headwise", default=None)
 _PLAIN = Headwise()
 
 
@@ -195,7 +197,7 @@ def headwise_attention(
     Returns:
         [B, Q, H, D] and no weights.
     """
-    headwise = _in_force[0] if _in_force else _PLAIN
+    headwise = _in_force.get() or _PLAIN
     layer = module.layer_idx
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = AttentionCall(query, key, value, scale, softcap, s_aux)

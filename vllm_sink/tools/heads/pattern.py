@@ -3,7 +3,7 @@
 ``heads.tsv`` is a row a layer and a column a KV head (``numpy.savetxt``'s format, no
 header); ``heads.tsv.meta.json`` beside it says what the scores are of and what was
 found. ``sink.retrieval_heads`` reads them back
-(:mod:`vllm_sink.policy.pattern_files`).
+(:mod:`vllm_sink.settings.pattern_files`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_sink.policy.pattern_files import DIGEST, META_SUFFIX, digest
+from vllm_sink.settings.pattern_files import DIGEST, META_SUFFIX, digest
 from vllm_sink.tools import written
 
 TOOL = "vllm-sink heads"

@@ -1,18 +1,17 @@
-"""The tables that may have rotated a layer, and whether one did.
+"""The tables of a model that may rotate a layer, and whether one does.
 
 Rows at position p differ from the row at position 0 by R(p) R(0)^-1. A
-:class:`Table` predicts that from its own rows; it explains what was seen if every
-pair of dimensions, at every probed position, is where it predicts.
+:class:`RotaryTable` predicts that from its own rows; it explains what was seen if
+every pair of dimensions, at every probed position, is where it predicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
-from vllm_sink.attention.rotation import Rotation
+from vllm_sink.rotation.table import RotaryTable
 
 # A difference of rows counts up to this part of their length, per pair of
 # dimensions; in bf16 a pair is rounded by about 0.006 of its length.
@@ -26,52 +25,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return _ROUNDING.get(dtype, 0.03)
 
 
-_CHUNK = 1 << 16  # rows written down at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Rows that a rotary module reads, or would compute.
-
-    Args:
-        name: Where it is in the model.
-        module: The module that holds it.
-        is_neox: How dimensions are paired, see :class:`Rotation`.
-        rows: How many positions it has; None: any (computed on the fly).
-        rotary_dim: Dimensions it rotates, the head's first.
-        read: [P] int64 positions -> [P, rotary_dim] rows, cos then sin.
-        dtype: Of the rows.
-        buffer: The rows, where they are stored.
-        frequencies, scaling: [R/2] and a factor, where rows are computed.
-    """
-
-    name: str
-    module: torch.nn.Module
-    is_neox: bool
-    rows: int | None
-    rotary_dim: int
-    read: Callable[[torch.Tensor], torch.Tensor]
-    dtype: torch.dtype
-    buffer: torch.Tensor | None = None
-    frequencies: torch.Tensor | None = None
-    scaling: float = 1.0
-
-    def rotation(self, num_positions: int) -> Rotation:
-        """What turns queries: the table itself, or its rows written down."""
-        table = self.buffer
-        if table is None:
-            assert self.frequencies is not None
-            shape = (num_positions, self.rotary_dim)
-            table = self.frequencies.new_empty(shape, dtype=self.dtype)
-            for start in range(0, num_positions, _CHUNK):
-                stop = min(start + _CHUNK, num_positions)
-                table[start:stop] = self.read(torch.arange(start, stop))
-        return Rotation(table, self.is_neox, self.name)
-
-
 def tables_of(
     modules: list[tuple[str, torch.nn.Module]], head_size: int, dtype: torch.dtype
-) -> Iterator[Table]:
+) -> Iterator[RotaryTable]:
     """All tables in ``modules`` that could rotate heads of ``head_size``.
 
     Stored rows first; then those from a later row on, one that the module names by
@@ -79,7 +35,7 @@ def tables_of(
     Hugging Face's modules turn into angles as they go. The order matters: where
     angles grow evenly, rows from any row on rotate alike.
     """
-    later: list[Table] = []
+    later: list[RotaryTable] = []
     for path, module in modules:
         for name, buffer in module.named_buffers(recurse=False):
             where = f"{path}.{name}" if path else name
@@ -115,18 +71,11 @@ def _is_frequencies(name: str, buffer: torch.Tensor, head_size: int) -> bool:
 
 def _stored(
     where: str, module: torch.nn.Module, buffer: torch.Tensor, start: int
-) -> Iterator[Table]:
-    rows = buffer[start:]
+) -> Iterator[RotaryTable]:
     if start:
         where = f"{where}[{start}:]"
-
-    def read(positions: torch.Tensor) -> torch.Tensor:
-        return rows[positions.to(rows.device)]
-
     for is_neox in (True, False):
-        yield Table(
-            where, module, is_neox, len(rows), rows.shape[1], read, rows.dtype, rows
-        )
+        yield RotaryTable(buffer[start:], is_neox, where, module)
 
 
 def _computed(
@@ -135,31 +84,15 @@ def _computed(
     name: str,
     frequencies: torch.Tensor,
     dtype: torch.dtype,
-) -> Iterator[Table]:
+) -> Iterator[RotaryTable]:
     prefix = name.removesuffix("inv_freq")
     scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
-
-    def read(positions: torch.Tensor) -> torch.Tensor:
-        at = positions.to(frequencies.device)
-        angles = at.float()[:, None] * frequencies.float()
-        return (torch.cat([angles.cos(), angles.sin()], -1) * scaling).to(dtype)
-
     for is_neox in (True, False):
-        yield Table(
-            where,
-            module,
-            is_neox,
-            None,
-            2 * len(frequencies),
-            read,
-            dtype,
-            frequencies=frequencies,
-            scaling=scaling,
-        )
+        yield RotaryTable(None, is_neox, where, module, frequencies, scaling, dtype)
 
 
 def misfit(
-    seen: torch.Tensor, positions: torch.Tensor, table: Table | None
+    seen: torch.Tensor, positions: torch.Tensor, table: RotaryTable | None
 ) -> tuple[float, int]:
     """How far rows are from where ``table`` predicts them, and at which position.
 
@@ -174,7 +107,8 @@ def misfit(
         rounding; the latter counts four times, for rounding is averaged there.
     """
     first = seen[:, :1].double()
-    if table is not None and table.rows is not None and table.rows <= positions.max():
+    num_rows = None if table is None else table.num_rows
+    if num_rows is not None and num_rows <= positions.max():
         return float("inf"), int(positions.max())
     if table is None:
         predicted = first.expand_as(seen)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from vllm.platforms import builtin_platform_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_sink.engine import compat, start
+from vllm_sink.plugin import compat
+from vllm_sink.start import hook
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,10 +53,10 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         super().check_and_update_config(vllm_config)
         if vllm_config.parallel_config.distributed_executor_backend == "ray":
-            from vllm_sink.engine.ray_executor import CpuRayExecutor
+            from vllm_sink.plugin.ray_executor import CpuRayExecutor
 
             vllm_config.parallel_config.distributed_executor_backend = CpuRayExecutor
-        start.check_start(vllm_config)
+        hook.check_start(vllm_config)
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:

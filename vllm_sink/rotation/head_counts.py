@@ -11,15 +11,15 @@ import math
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_sink.attention.rotation_probe import ancestors, count_rows
+from vllm_sink.engine import Engine
+from vllm_sink.rotation.probe import count_rows
 
 logger = init_logger("vllm.plugins.sink")
 
 
-def check_head_counts(vllm_config: VllmConfig, layers: dict[str, Any]) -> None:
+def check_head_counts(engine: Engine, layers: dict[str, Any]) -> None:
     """Run each model on a few tokens, once, and count the rows of each layer.
 
     A model that can't be run like this is left to :func:`refuse_other_heads` in the
@@ -30,7 +30,7 @@ def check_head_counts(vllm_config: VllmConfig, layers: dict[str, Any]) -> None:
     """
     models: dict[int, tuple[torch.nn.Module, dict[str, Any]]] = {}
     for name, layer in layers.items():
-        if not layer.impl.heads_counted and (chain := ancestors(layer)):
+        if not layer.impl.heads_counted and (chain := engine.ancestors(layer)):
             models.setdefault(id(chain[-1]), (chain[-1], {}))[1][name] = layer
         layer.impl.heads_counted = True
     for root, members in models.values():
@@ -38,7 +38,7 @@ def check_head_counts(vllm_config: VllmConfig, layers: dict[str, Any]) -> None:
         heads = [(layer.num_heads, layer.num_kv_heads) for layer in members.values()]
         tokens = math.lcm(*(number for pair in heads for number in pair))
         try:
-            found = count_rows(root, members, vllm_config, tokens)
+            found = count_rows(root, members, engine.vllm_config, tokens)
         except Exception:
             logger.debug("Heads of %s weren't counted", type(root), exc_info=True)
             continue

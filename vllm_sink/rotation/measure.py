@@ -15,43 +15,75 @@ import time
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 
-from vllm_sink.attention.rotation import Rotation, Unknown, is_measured, remember
-from vllm_sink.attention.rotation_exact import make_exact, trained_length
-from vllm_sink.attention.rotation_probe import (
+from vllm_sink.engine import BACKEND_NAME, Engine
+from vllm_sink.rotation.candidates import misfit, tables_of, tolerance
+from vllm_sink.rotation.exact import make_exact, trained_length
+from vllm_sink.rotation.head_counts import check_head_counts
+from vllm_sink.rotation.probe import (
     Seen,
-    ancestors,
     difference,
     probe,
 )
-from vllm_sink.attention.rotation_tables import Table, misfit, tables_of, tolerance
+from vllm_sink.rotation.table import RotaryTable, Unknown
 
 logger = init_logger("vllm.plugins.sink")
 
 _NEAR = [0, 1, 2, 3, 7]
 
 # What may explain a layer, the likeliest first; None: it is not rotated.
-Candidates = list[Table | None]
+Candidates = list[RotaryTable | None]
 
 
-def measure_rotations(vllm_config: VllmConfig, layers: dict[str, Any]) -> None:
-    """Measure those of ``layers`` that were not; answers in ``find_rotation``."""
+def measure_loaded_model(engine: Engine) -> None:
+    """Measure the layers of an engine whose model is loaded; once each.
+
+    Rotations are needed where queries are turned, and where positions exceed the
+    trained length: the model's tables are then made exact.
+    """
+    layers = {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(
+            engine.vllm_config, Attention
+        ).items()
+        if layer.get_attn_backend().get_name() == BACKEND_NAME
+    }
+    check_head_counts(engine, layers)
+    trained = trained_length(engine)
+    if engine.vllm_config.model_config.max_model_len > trained or _turns_queries(
+        engine
+    ):
+        measure_rotations(engine, layers)
+
+
+def _turns_queries(engine: Engine) -> bool:
+    """Whether any query is ever turned."""
+    config = engine.config
+    policies = [config.policy, config.retrieval_policy]
+    budget = min(policy.budget for policy in policies if policy is not None)
+    reached = budget < engine.vllm_config.model_config.max_model_len
+    return reached and config.sink_positions == "cache" and config.num_sink_tokens > 0
+
+
+def measure_rotations(engine: Engine, layers: dict[str, Any]) -> None:
+    """Measure those of ``layers`` that were not; answers in ``engine.rotations``."""
     models: dict[int, tuple[torch.nn.Module, dict[str, Any]]] = {}
     for name, layer in layers.items():
-        if is_measured(layer):
+        if layer in engine.rotations:
             continue
-        chain = ancestors(layer)
+        chain = engine.ancestors(layer)
         if chain:
             models.setdefault(id(chain[-1]), (chain[-1], {}))[1][name] = layer
         else:
-            remember(layer, Unknown("the module that owns it was not seen"))
+            engine.rotations[layer] = Unknown("the module that owns it was not seen")
     for root, members in models.values():
         start = time.perf_counter()
-        found = measure_model(root, members, vllm_config)
+        found = measure_model(engine, root, members)
         for name, layer in members.items():
-            remember(layer, found[name])
+            engine.rotations[layer] = found[name]
         logger.info(
             "Rotation of %s measured in %.2f s: %s",
             type(root).__name__,
@@ -61,13 +93,13 @@ def measure_rotations(vllm_config: VllmConfig, layers: dict[str, Any]) -> None:
 
 
 def measure_model(
-    root: torch.nn.Module, layers: dict[str, Any], vllm_config: VllmConfig
-) -> dict[str, Rotation | Unknown | None]:
+    engine: Engine, root: torch.nn.Module, layers: dict[str, Any]
+) -> dict[str, RotaryTable | Unknown | None]:
     """What rotates each of ``layers``, all of them in the model ``root``."""
-    why = _multidimensional(vllm_config)
+    why = _multidimensional(engine.vllm_config)
     if why is None:
         try:
-            return _Measurement(root, layers, vllm_config).run()
+            return _Measurement(engine, root, layers).run()
         except Exception as error:
             logger.exception("The forward that measures the rotation failed")
             why = f"the forward that measures it failed: {error!r}"
@@ -90,21 +122,22 @@ class _Measurement:
     """The measurement of one model."""
 
     def __init__(
-        self, root: torch.nn.Module, layers: dict[str, Any], vllm_config: VllmConfig
+        self, engine: Engine, root: torch.nn.Module, layers: dict[str, Any]
     ) -> None:
+        self.engine = engine
         self.root = root
         self.layers = layers
-        self.vllm_config = vllm_config
-        self.dtype = vllm_config.model_config.dtype
+        self.vllm_config = engine.vllm_config
+        self.dtype = self.vllm_config.model_config.dtype
         self.tolerance = tolerance(self.dtype)
         self.modules = [
             (name, module)
             for name, module in root.named_modules()
             if next(module.buffers(recurse=False), None) is not None
         ]
-        self.tables: dict[int, list[Table]] = {}  # by head size
+        self.tables: dict[int, list[RotaryTable]] = {}  # by head size
 
-    def run(self) -> dict[str, Rotation | Unknown | None]:
+    def run(self) -> dict[str, RotaryTable | Unknown | None]:
         length = self.vllm_config.model_config.max_model_len
         near = [p for p in _NEAR if p < length]
         candidates = {name: self._candidates(name) for name in self.layers}
@@ -123,16 +156,16 @@ class _Measurement:
                 )
         self._agree_with_shared_keys(fits)
         self._make_exact(fits, far)
-        made: dict[Table, Rotation] = {}
-        found: dict[str, Rotation | Unknown | None] = {}
+        stored: dict[RotaryTable, RotaryTable] = {}
+        found: dict[str, RotaryTable | Unknown | None] = {}
         for name, fit in fits.items():
             if isinstance(fit, Unknown):
                 found[name] = fit
                 continue
             table = fit[0]
-            if table is not None and table not in made:
-                made[table] = table.rotation(length)
-            found[name] = None if table is None else made[table]
+            if table is not None and table not in stored:
+                stored[table] = table.stored(length)
+            found[name] = None if table is None else stored[table]
         return found
 
     def _candidates(self, name: str) -> Candidates:
@@ -141,7 +174,7 @@ class _Measurement:
         size = layer.head_size
         if size not in self.tables:
             self.tables[size] = list(tables_of(self.modules, size, self.dtype))
-        owned = {id(module) for module in ancestors(layer)[0].modules()}
+        owned = {id(module) for module in self.engine.ancestors(layer)[0].modules()}
         tables = sorted(self.tables[size], key=lambda t: id(t.module) not in owned)
         return [None, *tables]
 
@@ -152,12 +185,12 @@ class _Measurement:
         rows = [length]
         for fit in fits.values():
             if isinstance(fit, list):
-                longest = [table.rows if table else None for table in fit]
+                longest = [table.num_rows if table else None for table in fit]
                 if None not in longest:
                     rows.append(max(n for n in longest if n is not None))
             else:  # it may read any
                 for tables in self.tables.values():
-                    rows += [table.rows for table in tables if table.rows is not None]
+                    rows += [t.num_rows for t in tables if t.num_rows is not None]
         return min(rows)
 
     def _probe(self, positions: list[int]) -> dict[str, Seen]:
@@ -201,7 +234,9 @@ class _Measurement:
         keys = self._describe([(table, key) for table, _, key in misfits])
         return Unknown(f"its queries are {queries}, its keys {keys}")
 
-    def _describe(self, misfits: list[tuple[Table | None, tuple[float, int]]]) -> str:
+    def _describe(
+        self, misfits: list[tuple[RotaryTable | None, tuple[float, int]]]
+    ) -> str:
         table, (distance, position) = min(misfits, key=lambda fit: fit[1][0])
         what = "not rotated" if table is None else f"rotated by {table.name}"
         if distance <= self.tolerance:
@@ -216,10 +251,10 @@ class _Measurement:
     ) -> None:
         """Exact angles past the trained length, and the same layers by them."""
         model = self.vllm_config.model_config
-        length, trained = model.max_model_len, trained_length(model)
+        length, trained = model.max_model_len, trained_length(self.engine)
         if length <= trained:
             return
-        exact: dict[str, Table] = {}
+        exact: dict[str, RotaryTable] = {}
         chosen: dict[str, Candidates] = {}
         for name, fit in fits.items():
             table = fit[0] if isinstance(fit, list) else None
@@ -257,15 +292,15 @@ def far_positions(count: int) -> list[int]:
     return sorted(p for p in some if 0 <= p < count)
 
 
-def _name(table: Table | None) -> str:
+def _name(table: RotaryTable | None) -> str:
     return "no table" if table is None else table.name
 
 
-def _summary(found: dict[str, Rotation | Unknown | None]) -> str:
+def _summary(found: dict[str, RotaryTable | Unknown | None]) -> str:
     """How many layers by what."""
     counts: dict[str, int] = {}
     for one in found.values():
-        if isinstance(one, Rotation):
+        if isinstance(one, RotaryTable):
             what = f"by {one.name}"
         else:
             what = "not rotated" if one is None else "unknown"

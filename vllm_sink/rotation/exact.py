@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_sink.attention.rotation_tables import Table
-from vllm_sink.policy.table_length import own_configs
+from vllm_sink.engine import Engine
+from vllm_sink.rotation.table import RotaryTable
+from vllm_sink.rotation.table_length import own_configs
 
 logger = init_logger("vllm.plugins.sink")
 
@@ -24,15 +25,19 @@ _CHUNK = 1 << 16  # rows at a time: float64 angles of 64 pairs are 32 MiB
 _MOST_READ = 1 << 16  # rows that the frequencies are read from
 
 
-def trained_length(model_config: Any) -> int:
+def trained_length(engine: Engine) -> int:
     """The model's trained length, whatever was overridden for this engine."""
-    _, text = own_configs(model_config)
-    return int(getattr(text, "max_position_embeddings", 0) or 0)
+
+    def read() -> int:
+        _, text = own_configs(engine.vllm_config.model_config)
+        return int(getattr(text, "max_position_embeddings", 0) or 0)
+
+    return engine.once("trained length", read)
 
 
 def make_exact(
-    root: torch.nn.Module, table: Table, num_trained: int, num_positions: int
-) -> Table | None:
+    root: torch.nn.Module, table: RotaryTable, num_trained: int, num_positions: int
+) -> RotaryTable | None:
     """Give ``table`` exact angles, in place; None: it can't be done.
 
     Args:
@@ -43,9 +48,9 @@ def make_exact(
     Returns:
         The table that is in use from now on.
     """
-    if table.buffer is None:
+    if table.rows is None:
         return _replace_module(root, table, num_positions)
-    rows = table.buffer
+    rows = table.rows
     known = rows[: min(num_trained, len(rows), _MOST_READ)].double()
     frequencies, magnitude = read_frequencies(known, rows.dtype)
     before = known.float()
@@ -144,8 +149,8 @@ def _spread(columns: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def _replace_module(
-    root: torch.nn.Module, table: Table, num_positions: int
-) -> Table | None:
+    root: torch.nn.Module, table: RotaryTable, num_positions: int
+) -> RotaryTable | None:
     """Put an :class:`ExactRotary` where ``table``'s module is."""
     path, _, name = table.name.rpartition(".")
     exact = _exact_rotary(table, num_positions) if name == "inv_freq" else None
@@ -163,20 +168,11 @@ def _replace_module(
         path,
         len(exact.cos_sin_cache),
     )
-    buffer = exact.cos_sin_cache
-    return Table(
-        f"{path}.cos_sin_cache",
-        exact,
-        table.is_neox,
-        len(buffer),
-        buffer.shape[1],
-        lambda positions: buffer[positions.to(buffer.device)],
-        buffer.dtype,
-        buffer,
-    )
+    where = f"{path}.cos_sin_cache"
+    return RotaryTable(exact.cos_sin_cache, table.is_neox, where, exact)
 
 
-def _exact_rotary(table: Table, num_positions: int) -> ExactRotary | None:
+def _exact_rotary(table: RotaryTable, num_positions: int) -> ExactRotary | None:
     """A module that answers as ``table``'s does at small positions."""
     assert table.frequencies is not None
     frequencies = table.frequencies.double()
@@ -188,7 +184,7 @@ def _exact_rotary(table: Table, num_positions: int) -> ExactRotary | None:
     x = torch.empty(0, dtype=table.dtype, device=rows.device)
     with torch.no_grad():
         try:
-            want = table.module(x, ids)
+            want = table.module(x, ids)  # type: ignore[misc]
         except Exception:
             return None
     for spread in ("halves", "neighbours"):

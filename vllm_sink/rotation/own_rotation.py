@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import functools
 import json
-import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vllm_sink.policy import table_length
-from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.refusal import Refusal
-from vllm_sink.policy.rotary_rows import (
+from vllm_sink.rotation import table_length
+from vllm_sink.rotation.rotary_rows import (
     longer_table,
     num_rows,
     own_max_model_len,
     rope_tables,
 )
-from vllm_sink.policy.table_length import ROTATION_KEYS
+from vllm_sink.rotation.table_length import ROTATION_KEYS
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
 
 # Two tables of one rotation differ by their frequencies' rounding to float32, which
 # grows with the position, and by that of cos and sin.
@@ -40,25 +37,51 @@ _MOST_PROBED = 4096
 # What vLLM itself takes out of a config or puts there, whoever wrote it.
 _VLLMS_OWN = ("partial_rotary_factor", "rope_dim", "mrope_section", "mrope_interleaved")
 
-# The model config that was looked at last, and what was found.
-_known: tuple[weakref.ref[Any], list[Refusal]] | None = None
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides that rotate positions below the trained length in another way.
+
+    Args:
+        trained_length: Of the model's files, tokens.
+        overrides: Those that the rotary table is made of, as shown to the user.
+        effect: What they do to the rotation, as a clause.
+        remedy: What to type instead.
+    """
+
+    trained_length: int
+    overrides: str
+    effect: str
+    remedy: str
 
 
-def changed_rotation(vllm_config: VllmConfig, _: SinkConfig) -> Iterator[Refusal]:
-    """Overrides that rotate positions below the trained length in another way."""
-    global _known
-    model = vllm_config.model_config
-    if vllm_config.speculative_config is not None:
-        model = vllm_config.speculative_config.target_model_config or model
+def changed_rotation(model: Any) -> Change | None:
+    """What ``--hf-overrides`` change in the model's rotation; None: nothing.
+
+    Args:
+        model: vLLM's ``ModelConfig``, before the model is built: some models change
+            it as they are built.
+    """
     overrides = getattr(model, "hf_overrides", None)
     if not overrides or (
         isinstance(overrides, dict) and not rotation_overrides(overrides)
     ):
-        return
-    if _known is None or _known[0]() is not model:
-        # Looked at once: models change their config as they are built.
-        _known = (weakref.ref(model), list(_compare(model)))
-    yield from _known[1]
+        return None
+    hf_config, text_config = table_length.own_configs(model)
+    effect = rotation_change(
+        text_config,
+        model.hf_text_config,
+        model.get_head_size(),
+        model.max_model_len,
+        _names(overrides),
+    )
+    if effect is None:
+        return None
+    shown, remedy = "a function", "have it leave them as they are"
+    if isinstance(overrides, dict):
+        shown = json.dumps(rotation_overrides(overrides))
+        remedy = _remedy(model, hf_config, text_config)
+    return Change(text_config.max_position_embeddings, shown, effect, remedy)
 
 
 def rotation_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -70,33 +93,6 @@ def rotation_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and (inner := rotation_overrides(value)):
             found[name] = inner
     return found
-
-
-def _compare(model: Any) -> Iterator[Refusal]:
-    hf_config, text_config = table_length.own_configs(model)
-    change = rotation_change(
-        text_config,
-        model.hf_text_config,
-        model.get_head_size(),
-        model.max_model_len,
-        _names(model.hf_overrides),
-    )
-    if change is None:
-        return
-    if not isinstance(model.hf_overrides, dict):
-        value, remedy = "a function", "have it leave them as they are"
-    else:
-        value = json.dumps(rotation_overrides(model.hf_overrides))
-        remedy = _remedy(model, hf_config, text_config)
-    yield Refusal(
-        "--hf-overrides",
-        "must rotate the positions below the trained length "
-        f"{text_config.max_position_embeddings} as the model's files do, with "
-        "--attention-backend sink",
-        f"{value}, {change}",
-        f"{remedy} (another rotation that is meant belongs into the model's "
-        "config.json)",
-    )
 
 
 def _remedy(model: Any, hf_config: Any, text_config: Any) -> str:

@@ -1,6 +1,6 @@
 """How to have vLLM build a rotary table with a row for every position.
 
-    python -m vllm_sink.policy.table_length MODEL 1000000
+    python -m vllm_sink.rotation.table_length MODEL 1000000
 
 prints the flag that a model needs. vLLM sizes the table by the model's config, so a
 longer one takes an override of it (``--hf-overrides``). Which one depends on the kind
@@ -17,7 +17,7 @@ import shlex
 import sys
 from typing import Any
 
-from vllm_sink.policy.rotary_rows import longer_table, own_max_model_len
+from vllm_sink.rotation.rotary_rows import longer_table, own_max_model_len
 
 # What a rotary table is made of, wherever it is in a config.
 ROTATION_KEYS = frozenset(
@@ -179,7 +179,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print the flag for a model and a length."""
     if len(arguments) != 2 or not arguments[1].isdigit():
-        print("usage: python -m vllm_sink.policy.table_length MODEL MAX_MODEL_LEN")
+        print("usage: python -m vllm_sink.rotation.table_length MODEL MAX_MODEL_LEN")
         return 2
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where vLLM's log goes

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 from vllm_sink.policy.config import SECTION, SinkConfig
-from vllm_sink.policy.refusal import Refusal
+from vllm_sink.start.must import must
 
 _SETTINGS = frozenset(field.name for field in fields(SinkConfig))
 # Settings that another plugin may well have under the same name.
@@ -27,12 +26,15 @@ _FILLER = (
 _NAMES_US = re.compile(f"{_FILLER}sinks?{_FILLER}")
 
 
-def refuse_lookalikes(additional_config: Any, *, selected: bool) -> Iterator[Refusal]:
-    """Keys that look like the section, or like one of its settings.
+def refuse_lookalikes(additional_config: Any, *, selected: bool) -> None:
+    """Refuse keys that look like the section, or like one of its settings.
 
     Args:
         selected: The backend is selected. Else only a key that holds our settings
             counts: nobody asked for a policy.
+
+    Raises:
+        ValueError: Names the key, its value and how to write it.
     """
     if not isinstance(additional_config, dict):
         return
@@ -49,9 +51,10 @@ def refuse_lookalikes(additional_config: Any, *, selected: bool) -> Iterator[Ref
             remedy = f"write it in the section: {section}"
         elif SECTION in additional_config:
             remedy = f"merge it into {SECTION!r}"
-        yield Refusal(
+        must(
+            False,
             f"additional_config.{key if str(key).isprintable() else repr(key)}",
-            f"must be the section {SECTION!r} where it means the sink policy",
+            f"be the section {SECTION!r} where it means the sink policy",
             shown,
             remedy,
         )

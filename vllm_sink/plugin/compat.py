@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from vllm_sink import __version__
+from vllm_sink.engine import BACKEND_NAME
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 # compiled libraries (none for CPUs is published): tests/runner_v2 whole, and the
 # block manager. Kernels are compiled by Triton 3.9 and by 3.8, 0.33's.
 SUPPORTED_VLLM = ("0.32", "0.33")
-BACKEND_NAME = "SINK"
 BACKEND_PATH = "vllm_sink.attention.backend.SinkBackend"
 
 
@@ -114,7 +114,7 @@ def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
             f"vllm-sink on node {socket.gethostname()} must be {sender_version} like "
             f"the driver's, got {found}; install one version on every node"
         )
-    from vllm_sink.engine.compat import register_backend_member
+    from vllm_sink.plugin.compat import register_backend_member
 
     return register_backend_member()
 
@@ -147,20 +147,27 @@ def register_kv_cache_spec() -> None:
 _AFTER_SCHEDULER = "_initialize_effective_attention_block_size"
 
 
-def watch_engine_core(check: Callable[[Any], None]) -> bool:
+def watch_engine_core(check: Callable[[Any], None]) -> str | None:
     """Call ``check(engine_core)`` once an engine core has its managers; idempotent.
 
     vLLM shows a plugin the groups that it built nowhere else: a manager of ours is
     not even made where it grouped our layers with others.
 
     Returns:
-        False: this vLLM has no such method, and nothing will be checked.
+        Why nothing will be checked: this vLLM has no such method. Else None.
     """
+    import vllm
     from vllm.v1.engine.core import EngineCore
 
     method = getattr(EngineCore, _AFTER_SCHEDULER, None)
-    if method is None or hasattr(method, "checked_by_sink"):
-        return method is not None
+    if method is None:
+        return (
+            f"vllm must be {' or '.join(SUPPORTED_VLLM)} with --attention-backend "
+            f"sink, got {vllm.__version__}, whose KV cache groups can't be checked; "
+            "install a supported version"
+        )
+    if hasattr(method, "checked_by_sink"):
+        return None
 
     @functools.wraps(method)
     def then_check(engine_core: Any) -> None:
@@ -169,7 +176,7 @@ def watch_engine_core(check: Callable[[Any], None]) -> bool:
 
     then_check.checked_by_sink = True  # type: ignore[attr-defined]
     setattr(EngineCore, _AFTER_SCHEDULER, then_check)
-    return True
+    return None
 
 
 def register_variable(name: str) -> None:
@@ -194,4 +201,4 @@ def cpu_platform_path() -> str | None:
             return None
     if builtin_platform_plugins["cpu"]() is None:
         return None
-    return "vllm_sink.engine.platform.SinkCpuPlatform"
+    return "vllm_sink.plugin.platform.SinkCpuPlatform"

@@ -6,7 +6,7 @@ each worker says which group each of its layers and heads is in, and the manager
 are looked at. A governed layer under any manager but ours, or ours under another
 policy, would be evicted as that manager evicts: the start ends instead.
 
-:func:`check_groups` is called by :func:`vllm_sink.engine.compat.watch_engine_core`.
+:func:`check_groups` is called by :func:`vllm_sink.plugin.compat.watch_engine_core`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sink.attention.loaded import layer_specs
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.cache.counted import RetrievalManager
 from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
-from vllm_sink.policy.refusals import is_selected, unreached
+from vllm_sink.start.checks import DROP, FLAG, is_selected, must_reach
+from vllm_sink.start.loaded import layer_specs
+from vllm_sink.start.log_lines import log_policy
+from vllm_sink.start.must import must
 
 # A layer or head of one worker: name, its spec, the index of its KV cache group.
 Placed = tuple[str, Any, int | None]
 
 
 def check_groups(engine_core: Any) -> None:
-    """Refuse an engine whose groups are not what the policy is for.
+    """Refuse an engine whose groups are not what the policy is for, or log the policy.
 
     Raises:
         ValueError: Names the layer and its manager, or the model whose groups are
@@ -38,20 +40,25 @@ def check_groups(engine_core: Any) -> None:
         return
     scheduler = engine_core.scheduler
     kv_cache_manager = getattr(scheduler, "kv_cache_manager", None)
-    if kv_cache_manager is None:
-        raise ValueError(
-            "scheduler_cls must have vLLM's kv_cache_manager with --attention-backend "
-            f"sink, got {type(scheduler).__name__}; drop --scheduler-cls"
-        )
+    must(
+        kv_cache_manager is not None,
+        "scheduler_cls",
+        f"have vLLM's kv_cache_manager with {FLAG}",
+        type(scheduler).__name__,
+        "drop --scheduler-cls",
+    )
+    assert kv_cache_manager is not None
     managers = kv_cache_manager.coordinator.single_type_managers
     for placed in engine_core.model_executor.collective_rpc(placed_layers):
         for name, spec, index in placed:
             refuse_misplaced(name, spec, None if index is None else managers[index])
-    if not any(_is_ours(manager) for manager in managers):
-        kinds = sorted({type(manager).__name__ for manager in managers})
-        model = engine_core.vllm_config.model_config.model
-        why = f"whose KV cache groups are all vLLM's own ({', '.join(kinds) or 'none'})"
-        raise ValueError(str(unreached(model, why)))
+    kinds = sorted({type(manager).__name__ for manager in managers})
+    must_reach(
+        any(_is_ours(manager) for manager in managers),
+        engine_core.vllm_config.model_config.model,
+        f"whose KV cache groups are all vLLM's own ({', '.join(kinds) or 'none'})",
+    )
+    log_policy(engine_core.vllm_config, managers)
 
 
 def placed_layers(worker: Any) -> list[Placed]:
@@ -92,15 +99,15 @@ def refuse_misplaced(name: str, spec: Any, manager: Any) -> None:
     else:
         wanted = "vLLM's own manager"
         fits = not _is_ours(manager)
-    if fits:
-        return
     found = "none" if manager is None else type(manager).__name__
     if isinstance(manager, SinkManager):
         found += f" of {_policy(manager.kv_cache_spec)}"
-    raise ValueError(
-        f"{name} must be managed by {wanted} with --attention-backend sink, got "
-        f"{found}; choose a sink.window_size that is no window of the model's own, or "
-        "drop --attention-backend sink"
+    must(
+        fits,
+        name,
+        f"be managed by {wanted} with {FLAG}",
+        found,
+        f"choose a sink.window_size that is no window of the model's own, or {DROP}",
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.policy.words import start_line
+from vllm_sink.start.log_lines import start_line
 
 
 def line(policy: RetentionPolicy, max_model_len: int, **changes) -> str:

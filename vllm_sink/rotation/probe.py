@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,38 +29,6 @@ from vllm.sequence import IntermediateTensors
 # Of the vocabulary, where the probed tokens are. Several, because a row of the
 # embedding may be zero (padding, never trained), and zero shows no rotation.
 _TOKENS = (0.21, 0.52, 0.83)
-
-# module -> the module it was registered in last
-_parents: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_recording = False
-
-
-def record_parents() -> None:
-    """Remember, from now on, which module owns each module; idempotent.
-
-    Through torch's public registration hook: nothing of vLLM is patched.
-    """
-    global _recording
-    if _recording:
-        return
-    _recording = True
-
-    def note(parent: torch.nn.Module, name: str, child) -> None:
-        if child is not None:
-            _parents[child] = weakref.ref(parent)
-
-    torch.nn.modules.module.register_module_module_registration_hook(note)
-
-
-def ancestors(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that hold ``module``, from its owner to the whole model."""
-    chain: list[torch.nn.Module] = []
-    while (parent := _parents.get(module)) is not None:
-        module = parent()
-        if module is None or module in chain:
-            break
-        chain.append(module)
-    return chain
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class CpuRayExecutor(RayExecutorV2):
 
         A node without this package couldn't unpickle a configuration that names
         this class, and would give a less clear error than the backend's member
-        does (:func:`vllm_sink.engine.compat.restore_backend_member`).
+        does (:func:`vllm_sink.plugin.compat.restore_backend_member`).
 
         With ``--data-parallel-backend ray`` vLLM hands in a placement group of
         one bundle for each worker and, last, one for the engine core. It tells

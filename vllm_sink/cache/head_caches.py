@@ -43,6 +43,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from vllm_sink.engine import Engine
 from vllm_sink.policy.grouping import Grouping, choose_grouping, heads_of_workers
 from vllm_sink.policy.head_map import HeadMap
 
@@ -144,7 +145,11 @@ class LayerPadding(Padding):
 
 
 def add_companions(
-    layer: Attention, heads: HeadMap, backend: type, retrieval_backend: type
+    engine: Engine,
+    layer: Attention,
+    heads: HeadMap,
+    backend: type,
+    retrieval_backend: type,
 ) -> None:
     """Give a layer that was just made its companions, or a policy as a whole.
 
@@ -171,8 +176,9 @@ def add_companions(
     rank, counts = heads_of_workers(
         heads, num_ranks, get_tensor_model_parallel_rank() if num_ranks > 1 else 0
     )
-    first = next((c for c in context.values() if isinstance(c, HeadCache)), None)
-    groups = first.groups if first else HeadGroups(choose_grouping(counts.values()))
+    is_first = engine.head_groups is None
+    groups = engine.head_groups or HeadGroups(choose_grouping(counts.values()))
+    engine.head_groups = groups
     mine = rank if heads.splits_layers else range(0)
     companions = tuple(
         HeadCache(
@@ -190,7 +196,7 @@ def add_companions(
         layer.kv_sharing_target_layer_name = companions[0].layer_name
         layer.impl.heads = companions
     paddings = []
-    if first is None:
+    if is_first:
         missing = groups.grouping.padding(*counts[rank])
         for kind, count in zip((True, False), missing, strict=True):
             # The same name on ranks that hold the same heads.

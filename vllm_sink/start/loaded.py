@@ -1,7 +1,7 @@
 """What only the loaded model can tell: do its layers obey the policy?
 
-Called by every metadata builder, which are the first of ours to see all layers, the
-drafter's included, on both model runners; nothing has been served then.
+Asked when the first metadata builder is made, which is the first of ours to see all
+layers, the drafter's included, on both model runners; nothing has been served then.
 """
 
 from __future__ import annotations
@@ -9,13 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_sink.cache.spec import SinkSpec
-from vllm_sink.policy.refusals import unreached
+from vllm_sink.engine import BACKEND_NAME
+from vllm_sink.start.checks import DROP, FLAG, must_reach
+from vllm_sink.start.must import must
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_sink.engine import Engine
 
 
-def refuse_layers(vllm_config: VllmConfig) -> None:
+def refuse_layers(engine: Engine, _: AttentionSpec) -> None:
     """Refuse a model whose layers don't obey the policy, or not all that should.
 
     Raises:
@@ -23,32 +28,44 @@ def refuse_layers(vllm_config: VllmConfig) -> None:
     """
     from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
+    vllm_config = engine.vllm_config
     layers = _layers(vllm_config)
     specs = layer_specs(vllm_config)
     reached = False
     for name, spec in specs.items():
         backend = layers[name].get_attn_backend()
-        if isinstance(spec, ChunkedLocalAttentionSpec):
-            raise ValueError(
-                "model must not use chunked-local attention with --attention-backend "
-                f"sink, got {name}; drop --attention-backend sink"
-            )
-        if isinstance(spec, FullAttentionSpec) and backend.get_name() != "SINK":
-            raise ValueError(
-                "every layer with full attention must obey the policy with "
-                f"--attention-backend sink, got {backend.get_name()} for {name}; "
-                "select sink for the drafter and for each kind of layer, too"
-            )
-        if isinstance(spec, SinkSpec) and spec.head_size_v != spec.head_size:
-            raise ValueError(
-                "model must have values of the keys' head size with "
-                f"--attention-backend sink, got {spec.head_size_v} and "
-                f"{spec.head_size} in {name}; drop --attention-backend sink"
+        must(
+            not isinstance(spec, ChunkedLocalAttentionSpec),
+            "model",
+            f"not use chunked-local attention with {FLAG}",
+            name,
+            DROP,
+        )
+        must(
+            not isinstance(spec, FullAttentionSpec)
+            or backend.get_name() == BACKEND_NAME,
+            "every layer with full attention",
+            f"obey the policy with {FLAG}",
+            f"{backend and backend.get_name()} for {name}",
+            "select sink for the drafter and for each kind of layer, too",
+        )
+        if isinstance(spec, SinkSpec):
+            must(
+                spec.head_size_v == spec.head_size,
+                "model",
+                f"have values of the keys' head size with {FLAG}",
+                f"{spec.head_size_v} and {spec.head_size} in {name}",
+                DROP,
             )
         # A layer of retrieval heads alone has a spec of full attention, and obeys.
         reached |= isinstance(spec, (SinkSpec, FullAttentionSpec))
-    if not reached:
-        _refuse_unreached(vllm_config, specs)
+    # A stage of a pipeline may hold none of the layers with full attention.
+    kinds = sorted({type(spec).__name__ for spec in specs.values()})
+    must_reach(
+        reached or vllm_config.parallel_config.pipeline_parallel_size > 1,
+        vllm_config.model_config.model,
+        f"whose layers are all of another kind ({', '.join(kinds)})",
+    )
     _refuse_lost_drafter(vllm_config, specs)
 
 
@@ -78,15 +95,6 @@ def _layers(vllm_config: VllmConfig) -> dict[str, Any]:
     return layers
 
 
-def _refuse_unreached(vllm_config: VllmConfig, specs: dict[str, Any]) -> None:
-    # A stage of a pipeline may hold none of the layers with full attention.
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return
-    kinds = sorted({type(spec).__name__ for spec in specs.values()})
-    why = f"whose layers are all of another kind ({', '.join(kinds)})"
-    raise ValueError(str(unreached(vllm_config.model_config.model, why)))
-
-
 def _refuse_lost_drafter(vllm_config: VllmConfig, specs: dict[str, Any]) -> None:
     """Runner V1 gives a ``draft_model`` drafter the FIRST group's block table.
 
@@ -100,11 +108,11 @@ def _refuse_lost_drafter(vllm_config: VllmConfig, specs: dict[str, Any]) -> None
         return
     if vllm_config.use_v2_model_runner:
         return
-    if not UniformTypeKVCacheSpecs.is_uniform_type(specs):
-        kinds = sorted({type(spec).__name__ for spec in specs.values()})
-        raise ValueError(
-            "speculative_config.method must not be 'draft_model' on model runner V1 "
-            "where the layers' caches form several groups, got "
-            f"{', '.join(kinds)}; choose ngram or eagle, or set "
-            "VLLM_USE_V2_MODEL_RUNNER=1 on a GPU"
-        )
+    must(
+        UniformTypeKVCacheSpecs.is_uniform_type(specs),
+        "speculative_config.method",
+        "not be 'draft_model' on model runner V1 where the layers' caches form several "
+        "groups",
+        ", ".join(sorted({type(spec).__name__ for spec in specs.values()})),
+        "choose ngram or eagle, or set VLLM_USE_V2_MODEL_RUNNER=1 on a GPU",
+    )

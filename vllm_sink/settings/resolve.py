@@ -6,11 +6,16 @@ the path in ``additional_config``, which vLLM carries to every process.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_sink.policy.config import SECTION, SinkConfig
-from vllm_sink.policy.head_map import FACTS, ModelShape
+from vllm_sink.policy.head_map import FACTS, ModelShape, check_scale, select
+from vllm_sink.settings.pattern_files import (
+    check_model,
+    read_scores,
+    recommended_fraction,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,11 +31,11 @@ def resolve(vllm_config: VllmConfig) -> SinkConfig:
     model = vllm_config.model_config
     if not config.has_retrieval or model is None:
         return config
-    resolved = config.resolved(model_shape(model))
+    chosen = resolved(config, model_shape(model))
     section = {
-        field.name: getattr(resolved, field.name)
-        for field in fields(resolved)
-        if getattr(resolved, field.name) != field.default
+        field.name: getattr(chosen, field.name)
+        for field in fields(chosen)
+        if getattr(chosen, field.name) != field.default
     }
     if section != vllm_config.additional_config[SECTION]:
         # A new dict: the user's own stays as it is.
@@ -38,7 +43,40 @@ def resolve(vllm_config: VllmConfig) -> SinkConfig:
             **vllm_config.additional_config,
             SECTION: section,
         }
-    return resolved
+    return chosen
+
+
+def resolved(config: SinkConfig, shape: ModelShape) -> SinkConfig:
+    """Files read, fraction and layers applied: ``retrieval_heads`` of 0 and 1.
+
+    Resolving again changes nothing.
+
+    Raises:
+        ValueError: A file or a map that doesn't fit the model, by name.
+    """
+    if not config.has_retrieval:
+        return config
+    for layer in config.retrieval_layers or ():
+        if layer >= shape.num_layers:
+            raise ValueError(
+                f"sink.retrieval_layers must be below {shape.num_layers}, the layers "
+                f"of {shape.name}, got {layer}; the first layer is 0"
+            )
+    scores = [[0.0] * shape.num_kv_heads] * shape.num_layers
+    fraction = config.retrieval_fraction
+    if config.retrieval_heads is not None:
+        check_model(config.retrieval_heads, shape)
+        scores = read_scores(config.retrieval_heads, shape)
+        if fraction is None:
+            fraction = recommended_fraction(config.retrieval_heads)
+        check_scale(scores, fraction, config.retrieval_heads)
+    chosen = select(scores, fraction, config.retrieval_layers or ())
+    return replace(
+        config,
+        retrieval_heads=chosen.values(),
+        retrieval_fraction=None,
+        retrieval_layers=None,
+    )
 
 
 def model_shape(model_config: Any, name: str = "the model") -> ModelShape:

@@ -1,0 +1,1 @@
+"""How the loaded model rotates its keys: measured, never guessed."""

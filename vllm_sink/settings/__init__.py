@@ -1,0 +1,1 @@
+"""The settings as values: sections and pattern files are read here, once."""

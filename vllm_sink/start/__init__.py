@@ -1,0 +1,1 @@
+"""What every engine asks before it serves: checks, log lines, the hook."""

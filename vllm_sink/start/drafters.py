@@ -1,0 +1,71 @@
+"""Speculative drafters: which can obey the policy, and how they come under it.
+
+A drafter with a KV cache of its own is under the policy like the model it drafts
+for: stock attention would keep all of its cache, in a group of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_sink.engine import BACKEND_NAME, Engine
+from vllm_sink.rotation.table_length import lengthen
+from vllm_sink.start.must import must
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Drafters whose layers vLLM builds from its attention layers: under the policy.
+POLICED_DRAFTERS = frozenset({"draft_model", "eagle", "eagle3", "mtp"})
+# Drafters that have no layers.
+MODEL_FREE_DRAFTERS = ("ngram", "ngram_gpu", "suffix")
+# Drafters that have no KV cache, or none that vLLM knows of.
+CACHELESS_DRAFTERS = frozenset(
+    {*MODEL_FREE_DRAFTERS, "medusa", "mlp_speculator", "custom_class"}
+)
+
+
+def check_drafter(engine: Engine) -> None:
+    """Refuse drafters that can't obey the policy, or are told not to."""
+    speculative = engine.vllm_config.speculative_config
+    if speculative is None or speculative.method in CACHELESS_DRAFTERS:
+        return
+    allowed = POLICED_DRAFTERS | CACHELESS_DRAFTERS
+    shares_layers = speculative.use_gemma4_mtp() or speculative.use_step3p5_mtp()
+    model = speculative.draft_model_config.hf_config.model_type
+    must(
+        speculative.method in allowed and not shares_layers,
+        "speculative_config.method",
+        f"be one of {', '.join(sorted(allowed))} with --attention-backend sink",
+        f"{speculative.method!r} ({model})",
+        "choose one of them or drop --speculative-config",
+    )
+    backend = getattr(speculative.attention_backend, "name", BACKEND_NAME)
+    must(
+        backend == BACKEND_NAME,
+        "speculative_config.attention_backend",
+        "be SINK or unset with --attention-backend sink, so that the drafter obeys "
+        "the policy, too",
+        backend,
+        "take it out of --speculative-config",
+    )
+
+
+def place_drafter(vllm_config: VllmConfig) -> None:
+    """Give the drafter the attention backend of the model it drafts for.
+
+    vLLM's runner V1 builds a drafter under ``speculative_config.attention_backend``
+    and, where that is unset, under whatever the platform chooses; runner V2 under
+    the target's. Stock attention would keep all of the drafter's cache, in a group
+    of its own whose block table V1 does not hand to a ``draft_model`` drafter.
+    Its rotary table gets a row for every position of the target's requests.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method not in POLICED_DRAFTERS:
+        return
+    text_config = speculative.draft_model_config.hf_text_config
+    lengthen(text_config, vllm_config.model_config.max_model_len)
+    if speculative.attention_backend is None:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        speculative.attention_backend = AttentionBackendEnum[BACKEND_NAME]
