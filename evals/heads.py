@@ -23,6 +23,7 @@ import torch
 
 from evals import engine
 from evals.policies import Policy
+from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import attention, fraction, needles, pattern, scores, texts
 
@@ -48,7 +49,7 @@ def random_heads(found: scores.Scores, share: float, seed: int = 0) -> torch.Ten
     order = found.order()
     random.Random(f"random heads {seed}").shuffle(order)
     kept = torch.zeros_like(found.value, dtype=torch.bool)
-    for layer, head in order[: fraction.num_retrieval(share, len(order))]:
+    for layer, head in order[: num_chosen(share, len(order))]:
         kept[layer, head] = True
     return kept
 
@@ -57,7 +58,7 @@ def best_layers(found: scores.Scores, share: float) -> torch.Tensor:
     """[L, HKV] bool: whole layers, the best by their mean score."""
     layers = sorted(found.layers.full, key=lambda i: -float(found.value[i].mean()))
     kept = torch.zeros_like(found.value, dtype=torch.bool)
-    kept[layers[: fraction.num_retrieval(share, len(layers))]] = True
+    kept[layers[: num_chosen(share, len(layers))]] = True
     return kept
 
 

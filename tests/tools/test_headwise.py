@@ -39,13 +39,27 @@ FAMILIES = {
     "GptOss": {**WINDOWS, **EXPERTS},
 }
 NAMES = {"Gemma3": "Gemma3Text"}
+# Gated attention between layers of linear attention.
+OTHERS = {
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    }
+}
 
 
 def build(family: str, implementation: str):
     """A tiny random model, equal for each implementation."""
     attention.register()
     config_class = getattr(transformers, f"{NAMES.get(family, family)}Config")
-    config = config_class(**{**TINY, **FAMILIES[family]})
+    config = config_class(**{**TINY, **{**FAMILIES, **OTHERS}[family]})
     config._attn_implementation = implementation
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import attention, fraction, needles, scores, texts
 from vllm_sink.tools.heads.fraction import Point
@@ -102,7 +103,7 @@ def test_full_attention_finds_what_streaming_loses(smollm, haystack):
 
 
 def test_number_of_heads():
-    assert [fraction.num_retrieval(f, 90) for f in (0, 0.25, 0.33, 1)] == [
+    assert [num_chosen(f, 90) for f in (0, 0.25, 0.33, 1)] == [
         0,
         23,
         30,

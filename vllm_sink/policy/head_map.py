@@ -101,6 +101,11 @@ def heads_of_rank(rank: int, num_ranks: int, num_kv_heads: int) -> range:
     return range(head, head + 1)
 
 
+def num_chosen(fraction: float, num_heads: int) -> int:
+    """How many heads a fraction is, rounded half up: 25% of 90 are 23."""
+    return math.floor(fraction * num_heads + 0.5)
+
+
 def select(
     scores: Sequence[Sequence[float]],
     fraction: float | None = None,
@@ -128,7 +133,7 @@ def select(
             for i, layer in enumerate(scores)
             for head, score in enumerate(layer)
         )
-        count = math.floor(fraction * len(order) + 0.5)
+        count = num_chosen(fraction, len(order))
         chosen = {(i, head) for _, i, head in order[:count]}
     whole = set(layers)
     return HeadMap(

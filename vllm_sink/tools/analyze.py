@@ -2,10 +2,10 @@
 
     vllm-sink analyze --model M --text FILE [--tokens N] [--out DIR]
 
-From a Hugging Face forward pass with eager attention, in fp32: how much attention
-each layer and head gives to the first tokens, the sink rates of two papers, and the
+From a Hugging Face forward pass in fp32: how much attention each full-attention layer
+and head gives to the first tokens, the sink rates of two papers, and the
 perplexity of the text under a few S at one budget (positions ``absolute``). Layers
-with a window of their own keep it. Names what in the configuration may make sinks
+with a window of their own keep it. Names what in the model may make sinks
 unnecessary. Prints a summary and the command to serve the model, or why it would not
 start; ``--out`` gets analysis.json and a heat map.
 
@@ -17,8 +17,8 @@ the sink rate is the share of (layer, head) pairs above epsilon: 0.3 in Gu et al
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools import serve_command, weak_sinks, written
 from vllm_sink.tools.cli import print_json
 from vllm_sink.tools.heads import attention, texts
-from vllm_sink.tools.reading import load_whole, reading
 
 TOOL = "vllm-sink analyze"
+Reduce = Callable[[torch.Tensor, int], torch.Tensor]
 
 GU_EPSILON, BARBERO_EPSILON = 0.3, 0.8
 RATE_LENGTH = 64  # tokens of a sample for the sink rates
@@ -41,116 +41,73 @@ CANDIDATES = (0, 1, 2, 4, 8, 16)  # S
 MARGIN = 0.005  # of the best perplexity: below it sizes are taken as equal
 
 
-class AttentionProbe:
-    """Reduces every layer's attention weights while the model runs.
+def load(name: str):
+    """Model (fp32) whose attention can be watched and replaced, and tokenizer.
+
+    Raises:
+        ValueError: It can't be read, or has no layer with full attention.
+    """
+    model, tokenizer = attention.load(name, dtype="float32")
+    attention.inspect(model, list(range(8)))
+    return model, tokenizer
+
+
+def _watched(model, tokens: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    """[L, ...]: ``reduce``'s sums over the queries, by full-attention layer.
 
     Args:
-        model: A decoder with eager attention: its attention modules return
-            (output, weights [B, H, T, T]).
-        reduce: [B, H, T, T] -> a small tensor, kept for each layer.
+        tokens: [B, T] int64.
+        reduce: (weights [B, H, Q, T] of a tile of queries, first query) -> what to
+            sum.
     """
+    sums: dict[int, torch.Tensor] = {}
 
-    def __init__(self, model, reduce) -> None:
-        self.reduce = reduce
-        self.layers: dict[int, torch.Tensor] = {}
-        self._hooks = [
-            module.register_forward_hook(self._hook)
-            for module in model.modules()
-            if isinstance(getattr(module, "layer_idx", None), int)
-            and type(module).__name__.endswith("Attention")
-        ]
+    def watch(layer: int, weights: torch.Tensor, first: int) -> None:
+        part = reduce(weights.flatten(1, 2), first)
+        sums[layer] = sums[layer] + part if layer in sums else part
 
-    def _hook(self, module, arguments, output) -> None:
-        weights = output[1] if isinstance(output, tuple) else None
-        if weights is not None:
-            self.layers[module.layer_idx] = self.reduce(weights)
-
-    def __enter__(self) -> AttentionProbe:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def stacked(self) -> torch.Tensor:
-        """[L, ...] in the order of the layers.
-
-        Raises:
-            ValueError: No layer returned its weights.
-        """
-        if not self.layers:
-            raise ValueError(
-                "model must return attention weights with attn_implementation="
-                "'eager', got none; its architecture can't be analysed"
-            )
-        return torch.stack([self.layers[index] for index in sorted(self.layers)])
-
-
-def load(name: str):
-    """Model (fp32, eager attention) and tokenizer."""
-    from transformers import AutoTokenizer
-
-    with reading(name):
-        model = load_whole(name, dtype=torch.float32, attn_implementation="eager")
-        return model, AutoTokenizer.from_pretrained(name)
+    with attention.Headwise(watch=watch):
+        model(tokens, use_cache=False)
+    return torch.stack([sums[layer] for layer in sorted(sums)])
 
 
 @torch.inference_mode()
 def first_token_share(model, tokens: torch.Tensor) -> torch.Tensor:
     """[L, H]: mean attention to token 0, over the batch and the queries 1 .. T-1.
 
-    Query 0 can look nowhere else and is left out.
+    Query 0 can look nowhere else and is left out. L counts full-attention layers.
 
     Args:
         tokens: [B, T] int64.
     """
-    with AttentionProbe(model, lambda w: w[:, :, 1:, 0].mean((0, 2))) as probe:
-        model(tokens, use_cache=False)
-    return probe.stacked()
+
+    def reduce(weights: torch.Tensor, first: int) -> torch.Tensor:
+        return weights[:, :, max(1 - first, 0) :, 0].sum((0, 2))
+
+    batch, length = tokens.shape
+    return _watched(model, tokens, reduce) / (batch * (length - 1))
 
 
 @torch.inference_mode()
 def first_tokens_share(model, tokens: torch.Tensor) -> dict[int, float]:
     """For each k: the late half's mean attention to the first k tokens."""
-    late = tokens.shape[1] // 2
+    batch, length = tokens.shape
+    late = length // 2
+    sizes = [k for k in FIRST if k <= late]
 
-    def reduce(weights: torch.Tensor) -> torch.Tensor:
-        mass = weights[:, :, late:].mean((0, 1, 2)).cumsum(0)
-        return mass[[k - 1 for k in FIRST if k <= late]]
+    def reduce(weights: torch.Tensor, first: int) -> torch.Tensor:
+        rows = weights[:, :, max(late - first, 0) :, : sizes[-1]]
+        return rows.mean(1).sum((0, 1)).cumsum(0)
 
-    with AttentionProbe(model, reduce) as probe:
-        model(tokens, use_cache=False)
-    shares = probe.stacked().mean(0).tolist()
-    return dict(zip(FIRST, shares, strict=False))
-
-
-@contextlib.contextmanager
-def under_policies(model):
-    """The model while its attention obeys a policy: own windows stay in force.
-
-    Raises:
-        ValueError: The architecture does not let its attention be replaced, or has
-            no full-attention layer.
-    """
-    attention.register()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention.NAME)
-    try:
-        attention.inspect(model, list(range(8)))
-        yield model
-    finally:
-        model.set_attn_implementation(before)
+    shares = _watched(model, tokens, reduce).mean(0) / (batch * (length - late))
+    return {k: float(shares[k - 1]) for k in sizes}
 
 
 @torch.inference_mode()
 def perplexity(
     model, tokens: list[int], policy: RetentionPolicy | None, start: int
 ) -> float:
-    """Perplexity of ``tokens[start:]`` under the policy; None: the model as it is.
-
-    Args:
-        model: Of :func:`under_policies`, where there is a policy.
-    """
+    """Perplexity of ``tokens[start:]`` under the policy; None: the model as it is."""
     batch = torch.tensor([tokens])
     with attention.Headwise(policy=policy):
         logits = model(batch, use_cache=False).logits[0]
@@ -224,22 +181,17 @@ def analyze(name: str, text: str, num_tokens: int, budget: int) -> dict[str, Any
     if tokenizer.bos_token_id is not None:
         bos = [tokenizer.bos_token_id]
         sinks["with BOS"] = find_sinks(model, tokenizer, tokens, bos)
-    with under_policies(model):
-        policies = {
-            size: RetentionPolicy(size, budget - size)
-            for size in CANDIDATES
-            if size < budget
-        }
-        perplexities = {
-            size: perplexity(model, tokens, policy, budget)
-            for size, policy in policies.items()
-        }
+    perplexities = {
+        size: perplexity(model, tokens, RetentionPolicy(size, budget - size), budget)
+        for size in CANDIDATES
+        if size < budget
+    }
     full = perplexity(model, tokens, None, budget)
     return {
         "model": name,
         "num_tokens": len(tokens),
         "budget": budget,
-        "by_design": weak_sinks.by_design(model.config),
+        "by_design": weak_sinks.by_design(model),
         "sinks": {key: asdict(value) for key, value in sinks.items()},
         "perplexity": perplexities,
         "perplexity_full_attention": full,

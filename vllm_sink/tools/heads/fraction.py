@@ -7,14 +7,13 @@ it is less noisy than hits; the hits confirm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from vllm_sink.policy.head_map import select
+from vllm_sink.policy.head_map import num_chosen, select
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import needles
 from vllm_sink.tools.heads.scores import Scores
@@ -25,15 +24,10 @@ FRACTIONS = (0.0, 0.1, 0.2, 0.25, 0.33, 0.5, 0.75)
 LEAST_HITS = 0.25  # of the needles: below it full attention can't do the task
 
 
-def num_retrieval(fraction: float, num_heads: int) -> int:
-    """How many heads a fraction is, rounded half up: 25% of 90 are 23."""
-    return math.floor(fraction * num_heads + 0.5)
-
-
 def best_heads(scores: Scores, fraction: float) -> torch.Tensor:
     """[L, HKV] bool: the best heads, as many as the fraction says."""
     # A fraction of the heads that have a choice; the file has the others too.
-    count = num_retrieval(fraction, scores.layers.num_heads)
+    count = num_chosen(fraction, scores.layers.num_heads)
     share = count / scores.value.numel()
     return torch.tensor(select(scores.value.tolist(), share).is_retrieval)
 
