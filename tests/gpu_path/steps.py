@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import torch
-from batches import NAN, STALE_ID, Batch, make_batch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
