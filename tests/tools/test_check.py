@@ -20,6 +20,7 @@ from transformers import (
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers import refusals
+from tests.helpers.engine import uncollected
 from tests.helpers.random_llama import save_big_code, save_llama
 from vllm_sink.plugin.compat import parse_serve_arguments
 from vllm_sink.start import log_lines
@@ -117,6 +118,12 @@ CASES = {
         ],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _quick_starts():
+    with uncollected():
+        yield
 
 
 @pytest.fixture(scope="module")
