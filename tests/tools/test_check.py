@@ -49,6 +49,15 @@ CASES = {
         "llama",
         [*section(window_size=60), "--max-model-len", "2048"],
     ),
+    "--hf-overrides must rotate": (
+        "llama",
+        [
+            *section(window_size=60),
+            "--hf-overrides",
+            '{"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, '
+            '"factor": 2.0}}',
+        ],
+    ),
     "decode_context_parallel_size must be": (
         "llama",
         [
