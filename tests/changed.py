@@ -120,7 +120,9 @@ def find(changed: list[Path]) -> list[Path]:
     Args:
         changed: Absolute; a file may be gone.
     """
-    names = {path.name for path in changed} - NAMELESS
+    names = {re.escape(path.name) for path in changed} - {*map(re.escape, NAMELESS)}
+    # Whole names, and none at all where nothing has a name.
+    named = re.compile(rf"(?<![\w.-])(?:{'|'.join(names) or '(?!)'})(?![\w-])")
     found = []
     for test in test_files():
         files = reached(test)
@@ -128,12 +130,7 @@ def find(changed: list[Path]) -> list[Path]:
         if (
             files & set(changed)
             or (changed and str(test.relative_to(ROOT)) in READERS)
-            or any(
-                name in text
-                for file in mine
-                for text in strings(file)
-                for name in names
-            )
+            or any(named.search(text) for file in mine for text in strings(file))
         ):
             found.append(test)
     return found

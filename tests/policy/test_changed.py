@@ -39,4 +39,5 @@ def test_not_everything_is_reached():
     assert "tests/policy/test_layout.py" not in found("vllm_sink/attention/gpu.py")
     assert "tests/attention/test_exact.py" not in found("vllm_sink/tools/sizing.py")
     assert found("-".join(["no", "file.md"])) == set(changed.READERS)
+    assert found("scripts/t" + ".sh") == set(changed.READERS), "a part of test.sh"
     assert not changed.find([])
