@@ -16,12 +16,13 @@ from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("", "kernels", "tests/gpu_path")]
-sys.path.insert(0, str(ROOT / "tests/kernels"))
+sys.path[:0] = [str(ROOT / part) for part in ("", "kernels")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from steps import (  # noqa: E402
+from vllm_sink_kernels.triton import cache_write, decode, merge, prefill  # noqa: E402
+
+from tests.gpu_path.steps import (  # noqa: E402
     SINKS,
     WINDOW,
     LayerInputs,
@@ -30,7 +31,6 @@ from steps import (  # noqa: E402
     make_builder,
     make_impl,
 )
-from vllm_sink_kernels.triton import cache_write, decode, merge, prefill  # noqa: E402
 
 REPEATS = 2000
 STEPS = {

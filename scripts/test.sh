@@ -1,69 +1,155 @@
 #!/usr/bin/env bash
-# The whole test suite, in two lanes side by side: engines on real and random models in
-# one, what Triton's interpreter and compiler do in the other. Every part runs; the exit
-# status tells if any failed.
-#   bash scripts/test.sh [arguments for pytest tests]
+# The tests, in parts that two workers take from one queue.
+#   bash scripts/test.sh            the whole gate: at most 30 minutes on two cores
+#   bash scripts/test.sh --quick    what most mistakes break, in at most 4 minutes
+#   bash scripts/test.sh --changed [REVISION]   tests that import what differs from
+#                                   REVISION (origin/main if it is left out)
+# Every part runs whatever became of the others; the exit status tells if any failed.
+# What a part printed is in .cache/test-logs.
+
+mode=${1:-}
+case $mode in
+'' | --quick) (($# < 2)) ;;
+--changed) (($# < 3)) ;;
+*) false ;;
+esac || {
+    echo "error: arguments must be none, --quick or --changed [REVISION], got $*;" \
+        "for some tests run python -m pytest" >&2
+    exit 2
+}
+revision=${2:-}
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
 export OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 VLLM_SINK_TEST_MODEL=$SMOLLM2
+# One thread each: the other worker has the other core.
+export OMP_NUM_THREADS=1
 
 LOGS=$ROOT/.cache/test-logs
 rm -rf "$LOGS"
 mkdir -p "$LOGS"
-part() { # NAME COMMAND...
-    local name=$1 start=$SECONDS status=ok
-    shift
-    printf '\n== %s\n' "$name"
-    "$@" || { status="FAILED ($?)"; touch "$LOGS/failed"; }
-    printf '%-26s %-12s %5ds\n' "$name" "$status" $((SECONDS - start)) >>"$LOGS/summary"
+
+NAMES=() COMMANDS=() CHANGED=()
+if [[ $mode == --changed ]]; then
+    mapfile -t CHANGED < <("$PYTHON" -m tests.changed ${revision:+"$revision"})
+    echo "${#CHANGED[@]} test files reach what changed"
+fi
+
+add() { # NAME COMMAND...
+    NAMES+=("$1")
+    COMMANDS+=("$(printf '%q ' "${@:2}")")
 }
 
-engines() {
-    # One thread each: the other lane has the other core.
-    part "tests" env OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests \
-        --ignore=tests/kernels --ignore=tests/kernels_aot --ignore=tests/gpu_path \
-        --ignore=tests/runner_v2 --ignore=tests/zoo \
-        --ignore=tests/tools/test_heads_zoo.py "$@"
+# Adds a pytest process; of its paths only what reaches a change, if that is asked.
+tests() { # NAME [VARIABLE=VALUE]... [-OPTION]... PATH...
+    local name=$1 word file variables=() options=() paths=() left_out=()
+    for word in "${@:2}"; do
+        case $word in
+        --ignore=*) left_out+=("${word#*=}") options+=("$word") ;;
+        -*) options+=("$word") ;;
+        *=*) variables+=("$word") ;;
+        *) paths+=("$word") ;;
+        esac
+    done
+    if [[ $mode == --changed ]]; then
+        local chosen=()
+        for file in "${CHANGED[@]}"; do
+            [[ " ${left_out[*]} " == *" $file "* ]] && continue
+            for word in "${paths[@]}"; do
+                [[ $file == "$word" || $file == "$word"/* ]] && chosen+=("$file")
+            done
+        done
+        ((${#chosen[@]})) || return 0
+        paths=("${chosen[@]}")
+    fi
+    add "$name" env "${variables[@]}" "$PYTHON" -m pytest --durations=20 \
+        --durations-min=2 "${options[@]}" "${paths[@]}"
 }
 
-triton() {
-    # The next vLLM's scheduler core on the same torch: what the manager stands on.
-    part "vLLM $VLLM_NEXT, Python part" make_next_vllm_runnable
-    part "manager, vLLM $VLLM_NEXT" env PYTHONPATH="$NEXT_VLLM" \
-        VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest \
-        tests/cache/test_block_manager.py tests/cache/test_block_manager_machine.py \
-        tests/cache/test_groups.py tests/engine/test_groups.py
+static_checks() {
+    add "ruff check" "$PYTHON" -m ruff check .
+    add "ruff format" "$PYTHON" -m ruff format --check .
+    add "mypy" "$PYTHON" -m mypy
+}
+
+quick() {
+    static_checks
+    tests "CPU attention" tests/attention/test_cpu_attention.py \
+        tests/attention/test_cpu_step.py
+    tests "policy, block manager" tests/policy tests/cache/test_block_manager.py \
+        tests/cache/test_block_manager_machine.py tests/cache/test_spec.py
+    tests "an engine" -k64-absolute tests/attention/test_exact.py
+    tests "kernels, a part" TRITON_INTERPRET=1 "-kedge or features or effect or reference" \
+        tests/kernels/test_attention.py tests/kernels/test_reference.py
+}
+
+# The longest first, so that the workers end together.
+whole() {
+    tests "engine" tests/engine
+    tests "attention" tests/attention
+    tests "cache, evals, soak's parts" tests/cache tests/evals tests/soak
+    tests "tools" --ignore=tests/tools/test_heads_zoo.py tests/tools
     # Processes of their own: Triton reads TRITON_INTERPRET once, when imported.
-    part "kernels, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest tests/kernels
-    part "gpu path, interpreted" env TRITON_INTERPRET=1 "$PYTHON" -m pytest \
-        tests/gpu_path
-    part "runner V2, vLLM $VLLM_CPU" env TRITON_INTERPRET=1 \
-        VLLM_SINK_EXPECT_VLLM="$VLLM_CPU" "$PYTHON" -m pytest tests/runner_v2
     # vLLM caches what it finds out about a model's class: not for both versions.
-    part "runner V2, vLLM $VLLM_NEXT" env TRITON_INTERPRET=1 \
-        PYTHONPATH="$NEXT_VLLM" VLLM_CACHE_ROOT="$ROOT/.cache/vllm-$VLLM_NEXT" \
-        VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" "$PYTHON" -m pytest tests/runner_v2
-    part "kernels, compiled" "$PYTHON" -m pytest tests/kernels_aot
+    tests "runner V2, vLLM $VLLM_NEXT" TRITON_INTERPRET=1 PYTHONPATH="$NEXT_VLLM" \
+        VLLM_CACHE_ROOT="$ROOT/.cache/vllm-$VLLM_NEXT" \
+        VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" tests/runner_v2
+    tests "runner V2, vLLM $VLLM_CPU" TRITON_INTERPRET=1 \
+        VLLM_SINK_EXPECT_VLLM="$VLLM_CPU" "-mnot power" tests/runner_v2
+    tests "kernels, interpreted" TRITON_INTERPRET=1 tests/kernels
+    tests "zoo" tests/zoo
+    [[ $mode == --changed ]] ||
+        add "soak, three minutes" "$PYTHON" -m tests.soak --minutes 3 --seed 1 --clients 40
+    tests "kernels, compiled" tests/kernels_aot
     # The Triton that the next vLLM's torch pins compiles otherwise.
-    part "Triton $TRITON_NEXT" fetch_next_triton
-    part "kernels, Triton ${TRITON_NEXT%.*}" env PYTHONPATH="$NEXT_TRITON" \
-        VLLM_SINK_EXPECT_TRITON="$TRITON_NEXT" "$PYTHON" -m pytest tests/kernels_aot
-    part "zoo" "$PYTHON" -m pytest tests/zoo
+    tests "kernels, Triton ${TRITON_NEXT%.*}" PYTHONPATH="$NEXT_TRITON" \
+        VLLM_SINK_EXPECT_TRITON="$TRITON_NEXT" tests/kernels_aot
+    tests "gpu path, interpreted" TRITON_INTERPRET=1 tests/gpu_path
     # vLLM decorates the class in transformers of a model that its Transformers backend
     # has served (Hunyuan): Hugging Face alone can't make one in that process any more.
-    part "zoo, the finder" "$PYTHON" -m pytest tests/tools/test_heads_zoo.py
-    part "soak, three minutes" "$PYTHON" -m tests.soak --minutes 3 --seed 1 --clients 40
+    tests "policy, the finder's zoo" tests/policy tests/tools/test_heads_zoo.py
+    # The next vLLM's scheduler core on the same torch: what the manager stands on.
+    tests "manager, vLLM $VLLM_NEXT" PYTHONPATH="$NEXT_VLLM" \
+        VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" tests/cache/test_block_manager.py \
+        tests/cache/test_block_manager_machine.py tests/cache/test_groups.py \
+        tests/engine/test_groups.py
+    static_checks
 }
 
-part "ruff check" "$PYTHON" -m ruff check .
-part "ruff format" "$PYTHON" -m ruff format --check .
-part "mypy" "$PYTHON" -m mypy
-OMP_NUM_THREADS=1 triton >"$LOGS/triton" 2>&1 &
-engines "$@"
-wait $!
-cat "$LOGS/triton"
+part() { # INDEX
+    local name=${NAMES[$1]} log=$LOGS/$1.log start=$SECONDS status=ok cpu last TIMEFORMAT='%U %S'
+    { time eval "${COMMANDS[$1]}" >"$log" 2>&1; } 2>"$LOGS/$1.time" ||
+        { status="FAILED ($?)"; touch "$LOGS/failed"; }
+    cpu=$(awk '{ printf "%d", $1 + $2 }' "$LOGS/$1.time")
+    last=$(tail -n 1 "$log" | tr -d '=')
+    printf '%-28s %-12s %5ds %5ds of CPU time  %s\n' \
+        "$name" "$status" $((SECONDS - start)) "$cpu" "${last:0:60}" | tee -a "$LOGS/summary"
+    [[ $status == ok ]] || sed "s/^/    /" "$log"
+}
 
+worker() { # Parts that no other worker has taken, in order.
+    local index
+    for index in "${!NAMES[@]}"; do
+        mkdir "$LOGS/$index.taken" 2>/dev/null || continue
+        part "$index"
+    done
+}
+
+if [[ $mode != --quick ]]; then
+    make_next_vllm_runnable || touch "$LOGS/failed"
+    fetch_next_triton || touch "$LOGS/failed"
+fi
+case $mode in
+--quick) quick ;;
+*) whole ;;
+esac
+worker & first=$!
+worker
+wait "$first"
+
+printf '\n== the slowest tests\n'
+grep -hE '^ *[0-9.]+s (call|setup|teardown) ' "$LOGS"/*.log | sort -rn |
+    head -n 20 || true
 printf '\n== summary (%ds)\n' "$SECONDS"
 cat "$LOGS/summary"
 [[ ! -e $LOGS/failed ]]

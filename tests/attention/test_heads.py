@@ -12,7 +12,7 @@ from tests.helpers.engine import (
     run_steps,
     sink_engine,
 )
-from tests.helpers.heads_reference import HeadsReference, random_heads, whole_layers
+from tests.helpers.heads_reference import HeadsReference, random_heads
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy
 
@@ -32,17 +32,20 @@ def errors(measured, reference, prompts) -> list[float]:
     ]
 
 
+def tiny_heads(num_retrieval: int, seed: int = 0):
+    """Of the random model's 3 layers x 2 KV heads."""
+    return random_heads(num_retrieval, seed, layers=3, kv_heads=2)
+
+
+def tiny_prompts(text):
+    return [text[:700], text[700:957], text[:3], text[200:329]]
+
+
 @pytest.mark.parametrize(
     "heads, retrieval_window, block_size, chunk, positions",
     [
-        (random_heads(10), None, 32, 64, "cache"),
-        (random_heads(30), None, 128, 2048, "cache"),
-        (random_heads(45), None, 32, 2048, "cache"),
         (random_heads(68), None, 128, 64, "cache"),
-        (random_heads(45, 1), None, 128, 64, "absolute"),
-        (random_heads(30, 1), 200, 32, 64, "cache"),
-        (whole_layers(0, 5, 9, 14, 15, 20), None, 32, 2048, "cache"),
-        (whole_layers(0, 5, 9, 14), 200, 128, 64, "cache"),
+        (random_heads(30, 1), 200, 32, 2048, "cache"),
     ],
 )
 def test_logprobs_equal_reference(
@@ -55,10 +58,42 @@ def test_logprobs_equal_reference(
     chunk,
     positions,
 ):
+    case = heads, retrieval_window, block_size, chunk, positions
+    check_equals_reference(model_path, reference, prompts_of(prose), *case)
+
+
+@pytest.mark.parametrize(
+    "heads, retrieval_window, block_size, chunk, positions",
+    [
+        (tiny_heads(1), None, 32, 64, "cache"),
+        (tiny_heads(3), None, 128, 2048, "cache"),
+        (tiny_heads(4), None, 32, 2048, "cache"),
+        (tiny_heads(3, 1), None, 128, 64, "absolute"),
+        (tiny_heads(2, 1), 200, 32, 64, "cache"),
+        ([[1, 1], [0, 0], [1, 1]], None, 32, 2048, "cache"),
+        ([[1, 1], [0, 0], [0, 0]], 200, 128, 64, "cache"),
+    ],
+)
+def test_logprobs_of_a_random_model(
+    tiny_path,
+    tiny_reference,
+    tiny_text,
+    heads,
+    retrieval_window,
+    block_size,
+    chunk,
+    positions,
+):
+    case = heads, retrieval_window, block_size, chunk, positions
+    check_equals_reference(tiny_path, tiny_reference, tiny_prompts(tiny_text), *case)
+
+
+def check_equals_reference(
+    path, reference, prompts, heads, retrieval_window, block_size, chunk, positions
+):
     """Four requests at once, in chunks, over blocks: one answer."""
-    prompts = prompts_of(prose)
     with sink_engine(
-        model_path,
+        path,
         S,
         W,
         positions=positions,
@@ -77,47 +112,47 @@ def test_logprobs_equal_reference(
     # Neither kind is the other, nor are the kinds' heads other heads.
     swapped = [[1 - head for head in layer] for layer in heads]
     other = HeadsReference(reference, swapped, S, W, retrieval_window, positions)
-    assert max(errors(measured, other, prompts)) > 100 * TOLERANCE
+    assert errors(measured[:1], other, prompts[:1])[0] > 100 * TOLERANCE
 
 
 def test_generated_tokens_are_the_references_greedy_choice(
     model_path, reference, prose
 ):
-    """200 tokens each of four requests; see test_exact for why that is enough."""
-    prompts = [prose[300:500], prose[3000:3017], prose[7000:7100], prose[800:1300]]
+    """100 tokens each of three requests; see test_exact for why that is enough."""
+    prompts = [prose[3000:3017], prose[7000:7100], prose[800:1100]]
     heads = random_heads(30, 2)
     with sink_engine(
         model_path, S, W, retrieval=dict(heads=heads), max_model_len=1024
     ) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": tokens} for tokens in prompts],
-            SamplingParams(temperature=0, max_tokens=200, ignore_eos=True),
+            SamplingParams(temperature=0, max_tokens=100, ignore_eos=True),
             use_tqdm=False,
         )
     expected = HeadsReference(reference, heads, S, W)
     for tokens, output in zip(prompts, outputs, strict=True):
         generated = list(output.outputs[0].token_ids)
-        assert len(generated) == 200
+        assert len(generated) == 100
         logits = expected.logits(tokens + generated)
         choice = logits[len(tokens) - 1 : -1].argmax(-1).tolist()
         assert generated == choice
 
 
-def test_all_heads_and_none(model_path, prose):
+def test_all_heads_and_none(tiny_path, tiny_text):
     """All retrieval heads: stock attention. None: the plain policy, to the bit."""
-    prompts = prompts_of(prose)
+    prompts = tiny_prompts(tiny_text)
 
     def measure(*policy, **retrieval):
         with sink_engine(
-            model_path, *policy, retrieval=retrieval, max_model_len=1024
+            tiny_path, *policy, retrieval=retrieval, max_model_len=1024
         ) as llm:
             return prompt_logprobs(llm, prompts), len(managers(llm))
 
     stock, _ = measure()
     plain, _ = measure(S, W)
-    everything, num_groups = measure(S, W, heads=random_heads(90))
+    everything, num_groups = measure(S, W, heads=tiny_heads(6))
     assert num_groups == 1
-    nothing, num_groups = measure(S, W, heads=random_heads(0))
+    nothing, num_groups = measure(S, W, heads=tiny_heads(0))
     assert num_groups == 1
     for want, got in zip(stock, everything, strict=True):
         assert (got - want).abs().max() < TOLERANCE
@@ -155,14 +190,14 @@ SMALL = dict(
 
 @pytest.mark.parametrize("retrieval_window", [None, 200])
 def test_nothing_outside_the_policies_is_read_or_held(
-    model_path, prose, retrieval_window
+    tiny_path, tiny_text, retrieval_window
 ):
     """NaN in what no head retains; each kind's bound holds at every step."""
-    prompts = [prose[:700], prose[2000:2090]]
+    prompts = [tiny_text[:700], tiny_text[700:790]]
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
-    retrieval = dict(heads=random_heads(30), window_size=retrieval_window)
+    retrieval = dict(heads=[[1, 0], [0, 1], [0, 0]], window_size=retrieval_window)
     with sink_engine(
-        model_path, S, W, retrieval=retrieval, enable_prefix_caching=False, **SMALL
+        tiny_path, S, W, retrieval=retrieval, enable_prefix_caching=False, **SMALL
     ) as llm:
         free = managers(llm)[0].block_pool.get_num_free_blocks()
         clean = run_steps(llm, prompts, params, lambda: None)

@@ -1,9 +1,9 @@
-"""Chats of growing history and drafted tokens, on the real model."""
+"""Chats of growing history, on the real model; drafts: tests/engine/test_drafters."""
 
 import pytest
 from vllm import SamplingParams
 
-from tests.helpers.engine import run_steps, sink_engine
+from tests.helpers.engine import sink_engine
 from tests.helpers.retention_oracle import Oracle, Sequence
 
 BLOCK = 32
@@ -60,24 +60,3 @@ def test_three_turns_report_the_predicted_cached_tokens(model_path, retention):
                 cached |= retained_prefixes(oracle, sequence, boundary)
     print(hits)
     assert hits[0] == 0 < hits[1] < hits[2]
-
-
-def test_ngram_drafts_change_nothing(model_path, prose):
-    """Accepted and rejected drafts, far past the window: the same tokens."""
-    prompts = [prose[300:420] * 3, prose[2000:2300]]
-    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-    settings = dict(block_size=BLOCK, max_model_len=1024, async_scheduling=False)
-    results, steps = [], []
-    for drafts in (None, dict(method="ngram", num_speculative_tokens=5)):
-        if drafts:
-            drafts |= dict(prompt_lookup_min=2, prompt_lookup_max=4)
-            settings["speculative_config"] = drafts
-        with sink_engine(model_path, SINKS, WINDOW, **settings) as llm:
-            count = []
-            results.append(
-                run_steps(llm, prompts, params, lambda count=count: count.append(1))
-            )
-            steps.append(len(count))
-    assert results[1] == results[0]
-    print(f"steps without and with drafts: {steps}")
-    assert steps[1] < steps[0], "no draft was accepted"

@@ -1,4 +1,4 @@
-"""The real model while the pool runs dry: exact results, nothing leaks."""
+"""A random model while the pool runs dry: exact results, nothing leaks."""
 
 import random
 
@@ -8,6 +8,7 @@ from vllm import SamplingParams
 from tests.helpers.engine import core, manager, sink_engine
 
 TOLERANCE = 2e-3  # of a log-probability, float32
+TIE = 1e-4
 BLOCK = 32  # the small engine's: S + W = 64 and steps of 64 tokens
 SMALL = dict(
     block_size=BLOCK,
@@ -71,26 +72,31 @@ def free_blocks(llm) -> int:
 
 
 def check_same(got, want) -> None:
-    assert got[0] == want[0]
-    assert max(abs(a - b) for a, b in zip(got[1], want[1], strict=True)) < TOLERANCE
+    """The same tokens, up to one where the two best are as good as each other."""
+    assert len(got[0]) == len(want[0])
+    for ours, theirs, a, b in zip(got[0], want[0], got[1], want[1], strict=True):
+        if ours != theirs:
+            assert abs(a - b) < TIE
+            return
+        assert abs(a - b) < TOLERANCE
 
 
-def test_64_chats_in_a_few_dozen_blocks(model_path, prose):
+def test_64_chats_in_a_few_dozen_blocks(tiny_path, tiny_text):
     """Preempted, resumed and hit prefixes: each result is that of a solo run."""
     rng = random.Random(5)
-    system = prose[:140]  # a system prompt that all share: more than a block
+    system = tiny_text[:140]  # a system prompt that all share: more than a block
     prompts = {}
     for index, length in enumerate(chat_lengths(rng)):
         start = 1000 + 700 * index
-        prompts[str(index)] = system + prose[start : start + length - len(system)]
-    aborted = {f"aborted{i}": prose[60_000 + i :][: 120 + 60 * i] for i in range(6)}
+        prompts[str(index)] = system + tiny_text[start : start + length - len(system)]
+    aborted = {f"aborted{i}": tiny_text[60_000 + i :][: 120 + 60 * i] for i in range(6)}
     settings = dict(
         max_num_batched_tokens=512,
         max_num_seqs=64,
         max_model_len=6144,
         async_scheduling=False,
     )
-    with sink_engine(model_path, 4, 508, num_gpu_blocks_override=25, **settings) as llm:
+    with sink_engine(tiny_path, 4, 508, num_gpu_blocks_override=25, **settings) as llm:
         free = free_blocks(llm)
         preempted: dict[str, int] = {}
         steps = 0
@@ -114,29 +120,27 @@ def test_64_chats_in_a_few_dozen_blocks(model_path, prose):
         assert forced > 0
         assert llm.reset_prefix_cache()
         assert free_blocks(llm) == free
-    with sink_engine(
-        model_path, 4, 508, enable_prefix_caching=False, **settings
-    ) as llm:
+    with sink_engine(tiny_path, 4, 508, enable_prefix_caching=False, **settings) as llm:
         for name, prompt in prompts.items():
             add(llm, name, prompt, 12)
             check_same(together[name], drain(llm)[name])
 
 
 @pytest.fixture(scope="module")
-def small(model_path):
+def small(tiny_path):
     """An engine whose pool holds exactly one request's bound."""
     with sink_engine(
-        model_path, 4, 60, num_gpu_blocks_override=SMALL_BOUND + 1, **SMALL
+        tiny_path, 4, 60, num_gpu_blocks_override=SMALL_BOUND + 1, **SMALL
     ) as llm:
         yield llm
 
 
-def test_pool_of_one_request(small, reference, prose):
+def test_pool_of_one_request(small, tiny_reference, tiny_text):
     """Requests longer than the pool complete, one after another."""
     assert manager(small).max_admission_blocks_per_request == SMALL_BOUND
     assert free_blocks(small) == SMALL_BOUND
     prompts = {
-        str(i): prose[9000 * i :][:length] for i, length in enumerate([700, 300])
+        str(i): tiny_text[9000 * i :][:length] for i, length in enumerate([700, 300])
     }
     for name, prompt in prompts.items():
         add(small, name, prompt, 24)
@@ -144,7 +148,7 @@ def test_pool_of_one_request(small, reference, prose):
     assert free_blocks(small) == SMALL_BOUND
     for name, prompt in prompts.items():
         tokens = finished[name][0]
-        logits = reference.logits(prompt + tokens, 4, 60)[len(prompt) - 1 : -1]
+        logits = tiny_reference.logits(prompt + tokens, 4, 60)[len(prompt) - 1 : -1]
         assert tokens == logits.argmax(-1).tolist()
 
 
@@ -160,14 +164,19 @@ def state_of(llm, name: str) -> str:
 @pytest.mark.parametrize(
     "state", ["WAITING", "RUNNING prefill", "RUNNING", "PREEMPTED", "gone"]
 )
-def test_abort_in_every_state(small, prose, state):
+def test_abort_in_every_state(small, tiny_text, state):
     """The pool is whole after it, and the request beside it is undisturbed."""
-    add(small, "beside", prose[:40], 40)
+    add(small, "beside", tiny_text[:40], 40)
     want = drain(small)["beside"]
     assert small.reset_prefix_cache()
     # Room for the sinks and 127 tokens of both: the younger is preempted.
-    add(small, "beside", prose[:40], 40)
-    add(small, "victim", prose[5000 : 5000 + (200 if "prefill" in state else 60)], 40)
+    add(small, "beside", tiny_text[:40], 40)
+    add(
+        small,
+        "victim",
+        tiny_text[5000 : 5000 + (200 if "prefill" in state else 60)],
+        40,
+    )
     seen = []
     finished = {}
     while small.llm_engine.has_unfinished_requests():

@@ -88,20 +88,6 @@ def test_tokens_and_memory(method, folder, folders, prompts, plain):
     assert 0 < most <= MOST_BLOCKS
 
 
-def test_a_real_model_drafts_for_itself(model_path, prose):
-    """Each of its drafts is its own next token, past the window and the sinks."""
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    prompts = [prose[1000:1200]]
-    settings = {"block_size": 32, "max_num_batched_tokens": 128}
-    with engine(model_path, None, **settings) as llm:
-        plain = generate(llm, prompts, params)[0]
-    speculative = {"method": "draft_model", "model": model_path}
-    with engine(model_path, speculative, **settings) as llm:
-        tokens, drafted, accepted, _ = generate(llm, prompts, params)
-    assert tokens == plain
-    assert accepted == drafted >= 15
-
-
 def test_on_cuda_the_drafter_is_placed_as_well(folders, prompts, plain, as_on_cuda):
     speculative = {"method": "draft_model", "model": folders["other heads"]}
     with engine(folders["target"], speculative) as llm:

@@ -141,26 +141,6 @@ def test_attention_kinds(change, message):
         SinkBackend.refuse_unsupported(selector)
 
 
-def test_rotary_table_too_short_and_bad_config_stop_the_engine(model_path, monkeypatch):
-    from tests.helpers.engine import sink_engine
-
-    with (
-        pytest.raises(Exception, match="unknown key 'sinks'"),
-        sink_engine(
-            model_path,
-            attention_backend="sink",
-            additional_config={"sink": {"sinks": 4}},
-        ),
-    ):
-        pass
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    with (
-        pytest.raises(ValueError, match=r"<= 8192, .* got 9000; pass --hf-overrides"),
-        sink_engine(model_path, 4, 60, max_model_len=9000),
-    ):
-        pass
-
-
 def test_enum_member_survives_pickling_by_value():
     member = compat.register_backend_member()
     assert compat.register_backend_member() is member

@@ -24,26 +24,14 @@ OPTIONS = {
 TOLERANCE = 2e-3  # of a log-probability, float32
 
 
-class Reference(DenseReference):
-    """Of a model without a tokenizer."""
-
-    def __init__(self, path: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="dense_sink_reference"
-        ).eval()
-        self.theta = self.model.config.rope_parameters["rope_theta"]
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
-def tiny_reference(llama) -> Reference:
-    return Reference(llama)
+def tiny_reference(llama) -> DenseReference:
+    return DenseReference(llama)
 
 
 def turns_of(seed: int, count: int = 6) -> list[list[int]]:
@@ -53,7 +41,7 @@ def turns_of(seed: int, count: int = 6) -> list[list[int]]:
     return [[rng.randrange(512) for _ in range(length)] for length in lengths]
 
 
-def check(session: Session, reference: Reference) -> None:
+def check(session: Session, reference: DenseReference) -> None:
     """Each answer's log-probabilities are those of the whole history."""
     assert len(session.scored) == len(session.turns)
     assert len(session.scored[-1][0]) > 4 * POLICY.budget
@@ -137,23 +125,3 @@ def test_preempted_sessions_are_exact_and_flat(llama, tiny_reference, monkeypatc
         # vLLM extends the caller's list by the turns that follow.
         assert len(session.first_prompt) > len(session.turns[0])
     assert preempted > 0, "the pool was to run dry"
-
-
-def test_over_ray(llama, tiny_reference, monkeypatch, tmp_path):
-    pytest.importorskip("ray", reason="needs the extra: pip install -e .[ray]")
-    from tests.helpers.ray_nodes import earlier_cluster
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    session = Session(turns_of(7), 8)
-    with (
-        earlier_cluster(monkeypatch, tmp_path),
-        async_engine(
-            llama,
-            POLICY.num_sink_tokens,
-            POLICY.window_size,
-            distributed_executor_backend="ray",
-            **OPTIONS,
-        ) as engine,
-    ):
-        asyncio.run(session.run(engine, "over-ray"))
-    check(session, tiny_reference)

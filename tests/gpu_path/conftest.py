@@ -6,12 +6,10 @@ Run by itself, since Triton reads its switch once:
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -27,6 +27,8 @@ def serve(model, prompts, *, interpreted, positions="cache", retrieval=None, **k
         "max_num_batched_tokens": 40,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
+        "block_size": 16,
+        "num_gpu_blocks_override": 100,
     }
     with sink_engine(model, **(settings | kwargs)) as llm:
         outputs = llm.generate(

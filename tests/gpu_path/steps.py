@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import torch
-from batches import NAN, STALE_ID, Batch, make_batch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.helpers.refusals import Config, drafter, stub_config
+from tests.kernels.batches import NAN, STALE_ID, Batch, make_batch
 from vllm_sink.attention import base
 from vllm_sink.attention.gpu import SinkGpuImpl
 from vllm_sink.attention.gpu_plan import SinkGpuMetadataBuilder

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import assert_close
-from steps import (
+
+from tests.gpu_path.steps import (
     SINKS,
     WINDOW,
     LayerInputs,
@@ -18,6 +18,7 @@ from steps import (
     make_builder,
     make_impl,
 )
+from tests.kernels.batches import assert_close
 
 DECODE = {"seq_lens": (70, 9, 33), "query_lens": (1, 1, 1)}
 VERIFY = {"seq_lens": (70, 9, 50), "query_lens": (3, 1, 2)}

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from steps import SINKS, WINDOW, Step, make_batch, make_builder, make_impl
 from vllm_sink_kernels.triton import plan as triton_plan
+
+from tests.gpu_path.steps import (
+    SINKS,
+    WINDOW,
+    Step,
+    make_batch,
+    make_builder,
+    make_impl,
+)
 
 BATCHES = {
     "decode": {"seq_lens": (70, 9, 33), "query_lens": (1, 1, 1)},

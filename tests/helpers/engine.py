@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
@@ -38,6 +39,8 @@ def sink_engine(
         }
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("dtype", "float32")
+    # Random models have no tokenizer.
+    kwargs.setdefault("skip_tokenizer_init", not any(Path(model).glob("tokenizer*")))
     with uncollected():
         llm = LLM(model, enforce_eager=True, disable_log_stats=True, **kwargs)
     try:

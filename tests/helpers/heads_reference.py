@@ -16,11 +16,13 @@ from tests.helpers.dense_reference import QUERY_CHUNK, DenseReference, _turn
 _settings: dict = {}
 
 
-def random_heads(num_retrieval: int, seed: int = 0) -> list[list[int]]:
-    """A map of SmolLM2's 30 layers x 3 KV heads with so many retrieval heads."""
-    flags = [1] * num_retrieval + [0] * (90 - num_retrieval)
+def random_heads(
+    num_retrieval: int, seed: int = 0, layers: int = 30, kv_heads: int = 3
+) -> list[list[int]]:
+    """A map with so many retrieval heads, of SmolLM2's shape if none is said."""
+    flags = [1] * num_retrieval + [0] * (layers * kv_heads - num_retrieval)
     random.Random(seed).shuffle(flags)
-    return [flags[3 * layer : 3 * layer + 3] for layer in range(30)]
+    return [flags[kv_heads * i : kv_heads * (i + 1)] for i in range(layers)]
 
 
 def whole_layers(*layers: int) -> list[list[int]]:

@@ -15,16 +15,9 @@ takes. No kernel asks it for anything.
 import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(ROOT / "kernels"),
-    str(ROOT / "scripts"),
-]
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and "vllm" not in sys.modules

@@ -18,7 +18,7 @@ def random_tokens(seed: int, count: int) -> list[int]:
 
 
 # Prefilled in chunks of 40 tokens, one beside another's decode.
-PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75, 140))]
+PROMPTS = [random_tokens(i, n) for i, n in enumerate((18, 66, 100))]
 FOLLOW_UP = random_tokens(9, 13)
 # A model of which a program of a kernel has little to interpret.
 SMALL = {

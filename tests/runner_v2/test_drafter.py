@@ -1,12 +1,12 @@
 """A drafter model on runner V2: under the policy, exact, and of use."""
 
 import pytest
-from graphs import replay_graphs
-from serving import SMALL, ask, assert_same, random_tokens, serving
 
 from tests.helpers.drafters import save_eagle, save_guessable
 from tests.helpers.engine import core
 from tests.helpers.random_llama import save_llama
+from tests.runner_v2.graphs import replay_graphs
+from tests.runner_v2.serving import SMALL, ask, assert_same, random_tokens, serving
 
 PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75))]
 NUM_DRAFTS = 3
@@ -81,7 +81,7 @@ def test_eagle(tmp_path, monkeypatch):
     model = save_guessable(tmp_path / "target", **SMALL)
     with serving(model, "v1") as llm:
         steps_alone = count_steps(llm, monkeypatch)
-        want = ask(llm, PROMPTS, 24)
+        want = ask(llm, PROMPTS, 16)
     speculation = {
         "method": "eagle",
         "model": save_eagle(tmp_path / "drafter", **SMALL),
@@ -91,5 +91,5 @@ def test_eagle(tmp_path, monkeypatch):
         groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
         assert [len(group.layer_names) for group in groups] == [3]
         steps = count_steps(llm, monkeypatch)
-        assert_same(ask(llm, PROMPTS, 24), want)
+        assert_same(ask(llm, PROMPTS, 16), want)
     assert len(steps) < len(steps_alone)

@@ -1,10 +1,10 @@
 """The engine's part of scripts/gpu_check.py, on the runner that it is for."""
 
 import pytest
-from engine_check import VOCABULARY, check_engine
-from serving import BLOCK, SINKS, SMALL, WINDOW, lose_sinks
 
+from scripts.engine_check import VOCABULARY, check_engine
 from tests.helpers.random_llama import save_llama
+from tests.runner_v2.serving import BLOCK, SINKS, SMALL, WINDOW, lose_sinks
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def test_it_passes_with_retrieval_heads(tmp_path):
     assert check(model, heads=[[1, 0], [0, 0]]).problems == []
 
 
+@pytest.mark.power
 def test_it_sees_lost_sinks(model, monkeypatch):
     lose_sinks(monkeypatch)
     problems = check(model).problems

@@ -1,8 +1,11 @@
 """Heads that keep everything beside heads under the policy, on runner V2."""
 
 import pytest
-from graphs import replay_graphs
-from serving import (
+
+from tests.helpers.engine import managers
+from tests.helpers.random_llama import save_llama
+from tests.runner_v2.graphs import replay_graphs
+from tests.runner_v2.serving import (
     BLOCK,
     PROMPTS,
     SMALL,
@@ -11,9 +14,6 @@ from serving import (
     second_turn,
     serving,
 )
-
-from tests.helpers.engine import managers
-from tests.helpers.random_llama import save_llama
 from vllm_sink.cache.block_manager import SinkManager
 
 
@@ -45,13 +45,15 @@ def test_a_layer_that_keeps_everything(model, monkeypatch):
         assert set(used) == {"mixed"}
 
 
-@pytest.mark.parametrize("window", [None, 50])
-def test_heads_of_two_kinds_in_one_layer(tmp_path, monkeypatch, window):
-    """Each KV head's cache, block table and slots by address, graphs included."""
+def test_heads_of_two_kinds_in_one_layer(tmp_path, monkeypatch):
+    """Each KV head's cache, block table and slots by address, graphs included.
+
+    Retrieval heads that keep everything: the layer above, and tests/gpu_path.
+    """
     path = save_llama(
         tmp_path, **SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
     )
-    policy = {"retrieval_heads": [[1, 0], [0, 1]], "retrieval_window_size": window}
+    policy = {"retrieval_heads": [[1, 0], [0, 1]], "retrieval_window_size": 50}
     with serving(path, "v1", policy=policy) as llm:
         first = first_turn(llm)
         second = second_turn(llm, first)

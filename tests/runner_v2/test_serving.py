@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
-from graphs import replay_graphs
-from serving import (
+
+from tests.helpers.random_gemma import save_gemma
+from tests.helpers.random_llama import save_llama
+from tests.runner_v2.graphs import replay_graphs
+from tests.runner_v2.serving import (
     BLOCK,
     PROMPTS,
     SINKS,
@@ -21,9 +24,6 @@ from serving import (
     second_turn,
     serving,
 )
-
-from tests.helpers.random_gemma import save_gemma
-from tests.helpers.random_llama import save_llama
 
 
 @dataclass
@@ -85,6 +85,13 @@ def test_graphs(model, llm, want):
             assert set(used) == kinds[mode], used
 
 
+def shows(test):
+    """A mistake that the tests above would see: one model tells, on one vLLM."""
+    return pytest.mark.power(
+        pytest.mark.parametrize("model", ["llama"], indirect=True)(test)
+    )
+
+
 def ignore_in_kernels(monkeypatch, **changes) -> None:
     """Every layer with sinks runs its kernels with these arguments instead."""
     from vllm_sink.attention import gpu
@@ -106,16 +113,19 @@ def ignore_in_kernels(monkeypatch, **changes) -> None:
     monkeypatch.setattr(gpu.SinkGpuImpl, "_find_launchers", find_again)
 
 
+@shows
 def test_a_wider_mask_shows(llm, want, monkeypatch):
     ignore_in_kernels(monkeypatch, window_size=WINDOW + 1)
     assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
 
 
+@shows
 def test_a_missing_turn_shows(llm, want, monkeypatch):
     ignore_in_kernels(monkeypatch, cos_sin_cache=None)
     assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])
 
 
+@shows
 def test_missing_eviction_shows(llm, monkeypatch):
     from vllm_sink.cache.block_manager import SinkManager
 
@@ -129,6 +139,7 @@ def test_missing_eviction_shows(llm, monkeypatch):
             llm.llm_engine.step()
 
 
+@shows
 def test_a_lost_sink_block_shows(llm, want, monkeypatch):
     lose_sinks(monkeypatch)
     assert_policy_shows(scored(llm)[0], want.scored[0], PROMPTS[1])

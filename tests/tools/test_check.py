@@ -20,6 +20,7 @@ from transformers import (
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers import refusals
+from tests.helpers.engine import uncollected
 from tests.helpers.random_llama import save_big_code, save_llama
 from vllm_sink.plugin.compat import parse_serve_arguments
 from vllm_sink.start import log_lines
@@ -47,6 +48,15 @@ CASES = {
     "max_model_len must be <=": (
         "llama",
         [*section(window_size=60), "--max-model-len", "2048"],
+    ),
+    "--hf-overrides must rotate": (
+        "llama",
+        [
+            *section(window_size=60),
+            "--hf-overrides",
+            '{"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, '
+            '"factor": 2.0}}',
+        ],
     ),
     "decode_context_parallel_size must be": (
         "llama",
@@ -117,6 +127,12 @@ CASES = {
         ],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _quick_starts():
+    with uncollected():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from vllm_sink.tools import cli, serve_command
 from vllm_sink.tools.heads import needles, texts
 
 SINKS, WINDOW, LENGTH = 4, 124, 400
-HAYSTACKS = 3
+HAYSTACKS = 2
 
 
 @pytest.fixture(scope="module")
