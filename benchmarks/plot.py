@@ -137,11 +137,51 @@ def peers() -> None:
     save(figure, "peers", rows)
 
 
+def chats() -> None:
+    rows = common.read("chats")
+    if not rows:
+        return
+    styles = {
+        "stock": ("stock attention", COLOURS["stock"], MARKS["stock"]),
+        "retention 0": ("sink, vLLM's retention and order", "#56b4e9", "^"),
+        "sink": ("sink (4 + 4,092)", COLOURS["sink"], MARKS["sink"]),
+    }
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    for engine, (label, colour, mark) in styles.items():
+        found = sorted(
+            (float(row["pool_gib"]), float(row["again_paired"]))
+            for row in rows
+            if row["engine"] == engine
+        )
+        if found:
+            axis.plot(*zip(*found, strict=True), color=colour, marker=mark, label=label)
+    axis.axhline(float(rows[0]["optimum"]), color="#555555", ls=":", label="optimum")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_yscale("symlog", linthresh=10)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("KV pool of an 8B model, GiB")
+    axis.set_title(
+        "Tokens computed again a turn, of turns that stock can serve",
+        loc="left",
+        fontsize=11,
+    )
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    path = common.RESULTS / "chats.png"
+    figure.savefig(path, dpi=120, facecolor="white")
+    plt.close(figure)
+    print(path.relative_to(common.ROOT))
+
+
 def main() -> None:
     stream()
     capacity()
     million()
     peers()
+    chats()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ BENCHMARKS = (
     "peers",
     "manager_cost",
     "million",
+    "chats",
 )
-OWN_MODEL = ("manager_cost", "attention", "million")  # none, or a random one
+OWN_MODEL = ("manager_cost", "attention", "million", "chats")  # none, or a random one
 
 
 def main() -> None:

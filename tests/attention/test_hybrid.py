@@ -156,7 +156,10 @@ def test_groups_that_swallow_our_layers_end_the_start(hybrid, monkeypatch):
 
 @pytest.mark.parametrize("retention", [None, 0, 64, 128])
 def test_retention_interval_is_the_sliding_windows_plus_sinks(retention):
-    """Cached blocks of both groups of one request: the same tails, and the sinks."""
+    """Cached blocks of both groups of one request: the same tails, and the sinks.
+
+    vLLM's default, 0, is for the sliding layers alone.
+    """
     policy, size, length = RetentionPolicy(20, 40), 16, 330
     shape = dict(block_size=size, num_kv_heads=1, head_size=16, dtype=torch.float32)
     sliding = SlidingWindowSpec(**shape, sliding_window=40)
@@ -184,9 +187,9 @@ def test_retention_interval_is_the_sliding_windows_plus_sinks(retention):
         for row in manager.coordinator.get_blocks("a")
     ]
     sinks = {0, 1}  # ceil(20 / 16)
-    assert cached[0] == cached[1] | sinks
+    full = set(range(length // size))
+    assert cached[0] == (cached[1] | sinks if retention else full)
     boundary = (length - 1) // size
     assert cached[1] >= {boundary - 3, boundary - 2, boundary - 1}  # ceil(39 / 16)
-    full = set(range(length // size))
-    assert (cached[0] == full) == (retention in (None, size))
+    assert (cached[1] == full) == (retention is None)
     assert (cached[1] >= sinks) == (retention is None), "the sinks must be our doing"

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from inspect import signature
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -123,9 +124,87 @@ def test_longest_hit_whatever_is_cached(policy, dropped):
         assert len(hit) * size == length
 
 
-def test_blocks_to_cache_are_the_sliding_windows_and_the_sinks_in_any_chunk():
+def late_hashes(hasher, lookahead: int):
+    """A block's hash once ``lookahead`` tokens behind it exist, as vLLM 0.33 has it."""
+
+    def hashes(request):
+        new = hasher(request)
+        known = max(request.num_tokens - lookahead, 0) // 16
+        return new[: max(known - len(request.block_hashes), 0)]
+
+    return hashes
+
+
+@pytest.mark.parametrize("lookahead", [2, 20])
+def test_a_hit_ends_with_the_hashes(lookahead):
+    """With EAGLE or MTP drafts there are fewer hashes than whole blocks to look up."""
+    policy, size = RetentionPolicy(16, 32), 16
+    manager = make_manager(
+        policy, size, 40, max_model_len=400, max_in_flight_tokens=400
+    )
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(size, sha256)
+    params = SamplingParams(max_tokens=9)
+    first = Request("a", list(range(200)), params, None, block_hasher=hasher)
+    assert manager.allocate_slots(first, 200)
+    late = late_hashes(hasher, lookahead)
+    again = Request("b", list(range(97)), params, None, block_hasher=late)
+    assert len(again.block_hashes) < 96 // size
+    _, hit, _ = manager.get_computed_blocks(again)
+    assert hit == len(again.block_hashes) * size
+
+
+@pytest.mark.skipif(
+    "num_hash_lookahead_tokens" not in signature(get_request_block_hasher).parameters,
+    reason="hashes of this vLLM cover their blocks alone",
+)
+def test_hits_with_a_hash_lookahead_of_vllm():
+    policy, size = RetentionPolicy(16, 32), 16
+    manager = make_manager(
+        policy, size, 40, max_model_len=400, max_in_flight_tokens=400
+    )
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(size, sha256, num_hash_lookahead_tokens=3)
+    params = SamplingParams(max_tokens=9)
+    for name, hit in ("a", 0), ("b", 80):
+        request = Request(name, list(range(97)), params, None, block_hasher=hasher)
+        blocks, found, _ = manager.get_computed_blocks(request)
+        assert found == hit
+        assert manager.allocate_slots(
+            request, 97 - hit, num_new_computed_tokens=hit, new_computed_blocks=blocks
+        )
+        request.num_computed_tokens = 97
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("policy", [(4, 60), (16, 32), (20, 1), (0, 33), (40, 17)])
+def test_what_a_retry_needs_is_what_a_hit_needs(policy, drops):
+    """A drafter's hit needs one block more, and drops it."""
+    size = 16
+    manager = make_manager(
+        RetentionPolicy(*policy), size, 40, max_model_len=400, max_in_flight_tokens=16
+    ).coordinator.single_type_managers[0]
+    manager.use_eagle = drops
+    sinks = cdiv(policy[0], size)
+    for tokens in range(0, 330, 7):
+        n = tokens // size * size
+        needed = [
+            index
+            for index in range(sinks, 22)
+            if index * size < n + drops * size
+            and (index + 1) * size > n - policy[1] + 1
+        ]
+        found = [i for i in range(sinks, 22) if manager._serves_hit(i, tokens)]
+        assert found == needed, tokens
+
+
+def test_blocks_to_cache_are_all_or_a_given_intervals_and_the_sinks():
+    """0 is vLLM's default; in any chunk."""
     spec = sink_spec(RetentionPolicy(40, 20), 16)
     for start, end in combinations(range(12), 2):
+        for interval in (0, None):
+            asked = start, end, 16, spec, False, interval
+            assert SinkManager.reachable_block_mask(*asked) is None
         asked = start, end, 16, spec, False, 64
         window = SlidingWindowManager.reachable_block_mask(*asked)
         mask = SinkManager.reachable_block_mask(*asked)

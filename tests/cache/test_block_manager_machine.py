@@ -34,7 +34,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
 from tests.helpers.block_managers import full_spec, make_manager, sink_spec
-from tests.helpers.retention_oracle import NULL, Oracle, Sequence
+from tests.helpers.retention_oracle import NULL, Oracle, Sequence, Worth
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy
 
@@ -79,6 +79,8 @@ class Life:
         self.num_final = 0  # tokens computed at the last step, drafts excepted
         self.alone = False  # nothing else took a block since it was admitted
         self.num_admitted = 0  # tokens that admission knew of
+        self.resumed_at = 0  # tokens of the hit
+        self.retries: set[int] = set()  # ids of its gap's blocks that a retry would hit
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -117,6 +119,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.waiting: list[Life] = []
         # cached block id -> (group, prefix's name)
         self.cached: dict[int, tuple[int, int]] = {}
+        self.worth = Worth()
         self.names = 0
 
     def add_metric(self, name: str, amount: int) -> None:
@@ -184,6 +187,66 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for other in self.running:
             other.alone = other.alone and other is life
 
+    def allocate(self, life: Life, count: int, hit: int = 0, **admission):
+        """vLLM's ``allocate_slots``; what it reuses must be worth least."""
+        request = life.request
+        before = [row for _, row in self.rows(life)]
+        cached = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+        cached -= {i for row in before for i in row}
+        hits = set(self.live_ids(admission.get("new_computed_blocks")))
+        allocated = self.manager.allocate_slots(
+            request, count, num_new_computed_tokens=hit, **admission
+        )
+        prompt = request.num_prompt_tokens
+        taken: set[int] = set()
+        for old, (oracle, row) in zip(before, self.rows(life), strict=True):
+            gone = [i for i, block_id in enumerate(old) if row[i] != block_id]
+            for index in gone:
+                block = self.pool.blocks[old[index]]
+                serves = oracle.serves_retry(index, life.resumed_at, prompt)
+                if block.ref_cnt == 0 and block.block_hash is not None:
+                    self.worth.free(block.block_id, "retry" if serves else "gap")
+                    life.retries |= {block.block_id} if serves else set()
+                elif block.ref_cnt == 0:
+                    self.worth.forget({block.block_id})
+            taken |= set(row) - set(old) - {NULL}
+        if allocated is not None:
+            self.worth.take_up(hits)
+            taken -= hits
+        free = {b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()}
+        blank = {i for i in free if self.pool.blocks[i].block_hash is None}
+        reused = taken & cached
+        self.counts["reused gap"] += any(
+            self.worth.kinds.get(i) == "gap" for i in reused
+        )
+        self.counts["reused tail"] += any(
+            self.worth.kinds.get(i) == "tail" for i in reused
+        )
+        self.worth.check(reused, free, blank)
+        self.worth.forget(taken)
+        return allocated
+
+    def live_ids(self, blocks) -> list[int]:
+        rows = blocks.get_block_ids() if blocks is not None else ()
+        return [i for row in rows for i in row if i != NULL]
+
+    def give_up(self, life: Life) -> None:
+        """A request's end, or its preemption: its blocks are a turn's tail."""
+        rows = [row for _, row in self.rows(life)]
+        self.manager.free(life.request)
+        for row in rows:
+            for block_id in reversed(row):
+                block = self.pool.blocks[block_id]
+                if block_id != NULL and block.ref_cnt == 0:
+                    if block.block_hash is None:
+                        self.worth.forget({block_id})
+                    else:
+                        self.worth.free(block_id, "tail")
+        for block_id in life.retries:  # gap, if the chat goes on
+            if self.worth.kinds.get(block_id) == "retry":
+                del self.worth.kinds[block_id]
+        life.retries = set()
+
     def admit(self, life: Life) -> bool:
         """Look up a hit and admit, as the scheduler does; False if it must wait."""
         request = life.request
@@ -196,12 +259,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
             shared += sum(i != NULL and self.pool.blocks[i].ref_cnt > 0 for i in ids)
         count = min(CHUNK, request.num_tokens - hit)
         free = self.free()
-        admitted = self.manager.allocate_slots(
-            request,
-            count,
-            num_new_computed_tokens=hit,
-            new_computed_blocks=blocks,
-            full_sequence_must_fit=True,
+        life.resumed_at = hit
+        admitted = self.allocate(
+            life, count, hit, new_computed_blocks=blocks, full_sequence_must_fit=True
         )
         whole = sum(map(min, self.must_hold(hit, request.num_tokens), self.bounds))
         if admitted is None:
@@ -224,7 +284,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return True
 
     def preempt(self, life: Life) -> None:
-        self.manager.free(life.request)
+        self.give_up(life)
         life.request.num_computed_tokens = life.request.num_in_flight_tokens = 0
         self.running.remove(life)
         self.waiting.append(life)
@@ -235,7 +295,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         request = life.request
         start, processed = request.num_computed_tokens, self.processed(life)
         held = [set(row) - {NULL} for _, row in self.rows(life)]
-        allocated = self.manager.allocate_slots(request, count)
+        allocated = self.allocate(life, count)
         if allocated is None:
             slots = max(life.slots, start + count)
             wanted = sum(self.must_hold(processed, slots)) - len(self.live(life))
@@ -362,7 +422,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.preempt(life)
         else:
             self.running.remove(life)
-            self.manager.free(life.request)
+            self.give_up(life)
 
     @precondition(lambda self: self.cached and not self.running)
     @rule()
@@ -370,6 +430,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert self.manager.reset_prefix_cache()
         assert not any(self.cached_ids())
         self.cached = {}
+        self.worth = Worth()
         self.counts["resets"] += 1
 
     # -- invariants ----------------------------------------------------------
@@ -468,6 +529,8 @@ def test_the_manager_follows_the_oracle():
         "drafts rejected",
         "resets",
         "several groups",
+        "reused gap",
+        "reused tail",
     ):
         assert counts[what] >= 5, f"the run must exercise {what}"
 

@@ -1,10 +1,15 @@
-"""vLLM's KVCacheManager over one group of layers under the sink policy."""
+"""vLLM's KVCacheManager over groups of layers under the sink policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
 )
 
 from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
@@ -35,14 +40,31 @@ def make_manager(
     block_size: int,
     num_blocks: int,
     *,
-    max_model_len: int,
-    max_in_flight_tokens: int,
-    other_specs=(),
+    other_specs: Sequence[KVCacheSpec] = (),
     **config,
 ) -> KVCacheManager:
-    """A manager of ``num_blocks`` blocks, the null block included."""
-    compat.register_kv_cache_spec()
+    """A manager of one group under ``policy``, and of others."""
     specs = [sink_spec(policy, block_size), *other_specs]
+    return manager_of_specs(specs, num_blocks, **config)
+
+
+def manager_of_specs(
+    specs: Sequence[KVCacheSpec],
+    num_blocks: int,
+    *,
+    max_model_len: int,
+    max_in_flight_tokens: int,
+    **config,
+) -> KVCacheManager:
+    """A manager of ``num_blocks`` blocks, the null block included, a group a spec.
+
+    Args:
+        config: Of vLLM's ``KVCacheConfig``. An engine's retention interval is 0
+            unless a user gives one.
+    """
+    compat.register_kv_cache_spec()
+    config = {"prefix_cache_retention_interval": 0} | config
+    block_size = specs[0].block_size
     return KVCacheManager(
         KVCacheConfig(
             num_blocks=num_blocks,

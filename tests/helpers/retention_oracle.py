@@ -117,6 +117,15 @@ class Oracle:
                 return count * self.block_size
         return 0
 
+    def serves_retry(self, index: int, resumed_at: int, num_prompt: int) -> bool:
+        """2.5: the same prompt, or its part before the last message, would hit it."""
+        size = self.block_size
+        return any(
+            index < n // size
+            and any(self.sees(n // size * size, key) for key in self.tokens_of(index))
+            for n in (resumed_at, num_prompt - 1)
+        )
+
     def serves_a_hit(self, index: int) -> bool:
         """2.5: whether some hit needs the block (with W = 1 only sinks do)."""
         n = (index + 1) * self.block_size
@@ -129,3 +138,53 @@ class Oracle:
             if self.in_gap(index, n):
                 assert block_id == NULL, "a hit must not hold the gap"
         self.check_visible(row, n, sequence)
+
+
+@dataclass
+class Worth:
+    """2.5: which cached blocks may be reused before which others.
+
+    Knows what it is sure of: blocks that one request alone ever held.
+    """
+
+    kinds: dict[int, str] = field(default_factory=dict)  # of free blocks
+    ages: dict[int, int] = field(default_factory=dict)  # of tails: when they were freed
+    shared: set[int] = field(default_factory=set)
+    clock: int = 0
+
+    def take_up(self, ids: set[int]) -> None:
+        """A hit: now two requests have held them."""
+        self.shared |= ids
+        for block_id in ids:
+            self.kinds.pop(block_id, None)
+
+    def free(self, block_id: int, kind: str) -> None:
+        self.clock += 1
+        if block_id not in self.shared:
+            self.kinds[block_id] = kind
+            self.ages[block_id] = self.clock
+
+    def forget(self, ids: set[int]) -> None:
+        """They are somebody's again, with other contents."""
+        self.shared -= ids
+        for block_id in ids:
+            self.kinds.pop(block_id, None)
+
+    def check(self, taken: set[int], free: set[int], blank: set[int]) -> None:
+        """What was taken is worth no more than what is left.
+
+        Args:
+            taken: Cached blocks that were reused.
+            free, blank: What is free now, and of it what isn't cached.
+        """
+        if not taken:
+            return
+        assert not blank, "a cached block was reused, a blank one was free"
+        of = self.kinds.get
+        kept = [i for i in free if of(i) in ("gap", "tail")]
+        if any(of(i) in ("tail", "retry") for i in taken):
+            assert not any(of(i) == "gap" for i in kept), "a tail went before a gap"
+        tails = [self.ages[i] for i in taken if of(i) == "tail"]
+        assert not tails or all(
+            max(tails) < self.ages[i] for i in kept if of(i) == "tail"
+        ), "a younger tail went first"

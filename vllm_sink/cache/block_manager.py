@@ -5,10 +5,8 @@ request; here it is a gap in the middle. The five methods below put the sinks
 back. Gap entries become the null block, so a block's index still tells its
 position.
 
-Eviction order needs no code of its own: vLLM frees a request's blocks last
-block first, so in the LRU queue every sink block stands behind all blocks that
-are only useful with it, and a hit touches (and later frees again) both: no
-orphan tails.
+Every full block is cached. Which of the free ones is reused first, and why no
+tail outlives its sinks, says :mod:`vllm_sink.cache.free_order`.
 """
 
 from __future__ import annotations
@@ -23,14 +21,17 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
 
-from vllm_sink.cache.counted import CountedBlocks, RetrievalManager
+from vllm_sink.cache.counted import CountedBlocks, OrderedBlocks, RetrievalManager
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.layout import cdiv
 
 
-class SinkManager(CountedBlocks, SlidingWindowManager):
+class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
     """Blocks of the layers under the sink policy (one KV cache group)."""
+
+    retention_interval: int | None = None  # as of the latest block that was cached
 
     def __init__(self, kv_cache_spec: SinkSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -38,6 +39,7 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
         self.num_sink_blocks = self.policy.num_sink_blocks(self.block_size)
         if kv_cache_spec.is_retrieval:
             self.gauge = RetrievalManager.gauge
+        self.resumed_at: dict[str, int] = {}  # tokens of a request's hit
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Length of the skipped *head*: none, the sinks stay.
@@ -104,7 +106,9 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
             self.metrics.add("vllm:sink_prefix_hits", 1)
             self.metrics.add("vllm:sink_prefix_hit_tokens", num_local_computed_tokens)
             self.count_live(blocks, references=0, sign=1)
+        self.resumed_at[request_id] = num_local_computed_tokens
         if self.enable_caching:
+            self.order.take_up(held)
             self.block_pool.touch(held)
         else:
             assert not held, "no hits while prefix caching is disabled"
@@ -131,16 +135,54 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
         """Free the blocks that lie wholly in the gap of the next query.
 
         Amortised O(1) a token: ``_remove_blocks_in_range`` walks back from the
-        newest gap block and stops at the first that was freed before.
+        newest gap block and stops at the first that was freed before, and so does
+        the walk before it.
         """
         first, last = self.policy.gap_blocks(processed_computed_tokens, self.block_size)
+        row = self.req_to_blocks.get(request_id, ())
+        start = last = min(last, len(row))
+        while start > first and not row[start - 1].is_null:
+            start -= 1
+        leaving = row[start:last]
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, first, last)
         if self.metrics and (freed := self.block_pool.get_num_free_blocks() - free):
             self.metrics.add("vllm:sink_evicted_blocks", freed)
             self.metrics.add(self.gauge, -freed)
+        # What a user's retention interval keeps ages as vLLM's own checkpoints do.
+        if not leaving or self.retention_interval:
+            return
+        points = [self.resumed_at.get(request_id, 0), (num_prompt_tokens or 0) - 1]
+        for index, block in enumerate(leaving, start):
+            if not any(self._serves_hit(index, point) for point in points):
+                self.order.add_gap(block)
+            elif block.block_hash is not None:
+                self.retries[request_id].append((block.block_id, block.block_hash))
+
+    def _serves_hit(self, index: int, num_tokens: int) -> bool:
+        """Whether a hit of the whole blocks of ``num_tokens`` needs a gap's block."""
+        end = num_tokens // self.block_size
+        _, start = self.policy.gap_blocks(end * self.block_size, self.block_size)
+        return start <= index < end + self.use_eagle  # a drafter drops the last
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.resumed_at.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     # -- prefix cache -------------------------------------------------------
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        self.retention_interval = retention_interval
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
 
     @classmethod
     def find_longest_cache_hit(
@@ -174,7 +216,8 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
             supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
             alignment_tokens=alignment_tokens,
         )
-        num_blocks = max_length // block_size
+        # vLLM 0.33's hashes may cover tokens behind the block: the last come later.
+        num_blocks = min(max_length // block_size, len(hashes))
         num_sink_blocks = min(policy.num_sink_blocks(block_size), num_blocks)
         dropped = 1 if drop_eagle_block else 0
 
@@ -240,8 +283,16 @@ class SinkManager(CountedBlocks, SlidingWindowManager):
         dcp_world_size: int = 1,
         final_segment_end_block: int | None = None,
     ) -> list[bool] | None:
-        """The sliding window's mask, with the sink blocks always cached."""
+        """Which full blocks are cached: all, unless a user gives an interval.
+
+        vLLM's default, 0, would cache the tail of each prompt and nothing else of
+        it: what is said in answer would be computed anew at the next turn. It is
+        made for windows beside full attention, which learn the prefixes that
+        prompts share from those layers. None means dense in vLLM, too.
+        """
         assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
+        if not retention_interval:
+            return None
         mask = super().reachable_block_mask(
             start_block,
             end_block,

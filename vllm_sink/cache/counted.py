@@ -1,7 +1,8 @@
-"""Block managers that tell ``/metrics`` how many blocks requests hold, by kind."""
+"""What all our block managers do: count blocks for ``/metrics``, keep their order."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
 )
+from vllm.v1.request import Request
 
+from vllm_sink.cache.free_order import Cached, FreeOrder
 from vllm_sink.cache.metrics import metrics
+from vllm_sink.policy.layout import cdiv
 
 
 class CountedBlocks(SingleTypeKVCacheManager):
@@ -57,7 +61,56 @@ class CountedBlocks(SingleTypeKVCacheManager):
         self.metrics.add("vllm:sink_pinned_blocks", sign * sinks)
 
 
-class RetrievalManager(CountedBlocks, FullAttentionManager):
+class OrderedBlocks(SingleTypeKVCacheManager):
+    """Takes the pool's free blocks of least worth first; a mix-in.
+
+    The manager itself tells :attr:`order` of hits and of gaps.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.order = FreeOrder.of(self.block_pool)
+        # Of running requests: blocks of the gap that their prompts may hit again.
+        self.retries: defaultdict[str, list[Cached]] = defaultdict(list)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        held = len(self.req_to_blocks[request_id])
+        if (count := cdiv(num_tokens, self.block_size) - held) > 0:
+            self.order.make_way(count)
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self.order.forget(new)
+        return new
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        before = self.num_cached_block.get(request.request_id, 0)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+        # The last block that the prompt hits when it is sent anew.
+        last = (request.num_prompt_tokens - 1) // self.block_size - 1
+        if before <= last < self.num_cached_block.get(request.request_id, 0):
+            self.order.end_at(self.req_to_blocks[request.request_id][last], [])
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        row = super().pop_blocks_for_free(request_id)
+        retries = self.retries.pop(request_id, [])
+        for block in reversed(row):
+            if block.block_hash is not None:
+                self.order.end_at(block, retries)
+                break
+        return row
+
+
+class RetrievalManager(CountedBlocks, OrderedBlocks, FullAttentionManager):
     """vLLM's manager of full attention, counted: heads that keep everything."""
 
     gauge = "vllm:sink_retrieval_blocks"
@@ -71,6 +124,7 @@ class RetrievalManager(CountedBlocks, FullAttentionManager):
     ) -> None:
         if self.metrics:
             self.count_live(new_computed_blocks, references=0, sign=1)
+        self.order.take_up(new_computed_blocks)
         super().add_local_computed_blocks(
             request_id,
             new_computed_blocks,
