@@ -44,7 +44,7 @@ from vllm.v1.request import Request
 from benchmarks import common
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.cache.spec import SinkSpec
-from vllm_sink.engine import compat
+from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
 
 ENGINES = ("stock", "retention 0", "lru", "sink")
