@@ -1,6 +1,5 @@
 """Chats of growing history, on the real model; drafts: tests/engine/test_drafters."""
 
-import pytest
 from vllm import SamplingParams
 
 from tests.helpers.engine import sink_engine
@@ -23,25 +22,15 @@ def retained_prefixes(oracle: Oracle, sequence: Sequence, boundary: int) -> set[
     return {sequence.name((i + 1) * size - 1) for i in indices}
 
 
-@pytest.mark.parametrize("retention", [0, BLOCK])
-def test_three_turns_report_the_predicted_cached_tokens(model_path, retention):
-    """A turn pays for what the cache was told to keep no more than once.
-
-    ``prefix_cache_retention_interval`` 0 (vLLM's default) keeps what a replay of
-    the prompt needs; the block size keeps what any longer prompt needs.
-    """
+def test_three_turns_report_the_predicted_cached_tokens(model_path):
+    """With defaults each turn pays for what no turn before it passed through."""
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
     messages = []
     oracle = Oracle(SINKS, WINDOW, BLOCK)
     cached: set[int] = set()
     hits = []
     with sink_engine(
-        model_path,
-        SINKS,
-        WINDOW,
-        block_size=BLOCK,
-        max_model_len=1024,
-        prefix_cache_retention_interval=retention,
+        model_path, SINKS, WINDOW, block_size=BLOCK, max_model_len=1024
     ) as llm:
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
@@ -54,9 +43,7 @@ def test_three_turns_report_the_predicted_cached_tokens(model_path, retention):
             messages.append({"role": "assistant", "content": answer.text})
             # The last token of the answer is sampled but has no key yet.
             sequence = Sequence(prompt + list(answer.token_ids)[:-1])
-            last = len(prompt) - 1 if retention == 0 else len(sequence.tokens)
-            first = last // BLOCK * BLOCK if retention == 0 else BLOCK
-            for boundary in range(first, last + 1, BLOCK):
+            for boundary in range(BLOCK, len(sequence.tokens) + 1, BLOCK):
                 cached |= retained_prefixes(oracle, sequence, boundary)
     print(hits)
     assert hits[0] == 0 < hits[1] < hits[2]
