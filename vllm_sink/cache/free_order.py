@@ -28,6 +28,7 @@ the hash that it had.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 from vllm.v1.core.block_pool import BlockPool
@@ -35,8 +36,6 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 Cached = tuple[int, BlockHashWithGroupId]  # a block's id and the hash that it had
 MOST_ROUNDS = 3  # of a shared block, however often it is hit
-
-_orders: WeakValueDictionary[int, FreeOrder] = WeakValueDictionary()
 
 
 class FreeOrder:
@@ -50,6 +49,9 @@ class FreeOrder:
         rounds: How often a block is still spared.
     """
 
+    # id of a pool -> its order, which the managers of the pool's groups hold.
+    _orders: ClassVar[WeakValueDictionary[int, FreeOrder]] = WeakValueDictionary()
+
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.gap: dict[int, BlockHashWithGroupId] = {}
@@ -59,9 +61,9 @@ class FreeOrder:
     @classmethod
     def of(cls, pool: BlockPool) -> FreeOrder:
         """The pool's: the managers of its groups hold one together."""
-        order = _orders.get(id(pool))
+        order = cls._orders.get(id(pool))
         if order is None:
-            order = _orders[id(pool)] = cls(pool)
+            order = cls._orders[id(pool)] = cls(pool)
         return order
 
     def add_gap(self, block: KVCacheBlock) -> None:
