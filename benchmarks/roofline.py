@@ -110,9 +110,10 @@ def prefill(machine: Machine, model: Model, budget: int) -> Work:
     block_m = max(config.block_m, group)
     tile_q = block_m // group
     programs = math.ceil(CHUNK / tile_q) * model.kv_heads
-    tiles = math.ceil(SINKS / config.block_n)
-    tiles += math.ceil((budget - SINKS + tile_q - 1) / config.block_n)
-    flops = 4 * programs * tiles * config.block_n * block_m * d
+    edge = config.edge_n or config.block_n  # what the ends are rounded to
+    tiles = math.ceil(SINKS / edge)
+    tiles += math.ceil((budget - SINKS + tile_q - 1) / edge)
+    flops = 4 * programs * tiles * edge * block_m * d
     # Each key once: the tiles of a head run close together and share the L2.
     moved = (budget + CHUNK) * model.kv_heads * 2 * d * ELEMENT
     moved += 2 * CHUNK * (model.heads + model.kv_heads) * d * ELEMENT

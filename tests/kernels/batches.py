@@ -143,6 +143,10 @@ def make_batch(
     elif layout == "packed":  # [B, H, N, 2 * D]: K and V side by side
         both = torch.cat([x.transpose(1, 2) for x in kv], dim=3)
         kv = [x.transpose(1, 2) for x in both.split(head_size, dim=3)]
+    elif layout == "apart":  # K and V have strides of their own
+        wide = torch.full((*kv[1].shape[:3], head_size + 8), NAN, dtype=dtype)
+        wide[..., :head_size] = kv[1]
+        kv[1] = wide[..., :head_size]
     if kv_dtype is not None:
         kv = [x.to(kv_dtype) for x in kv]
     table_rows = max(seq_lens) if seq_lens else 1

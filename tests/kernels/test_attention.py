@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import STALE_ID, assert_close, make_batch
+from vllm_sink_kernels.triton.head_table import layout_of
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
+from vllm_sink_kernels.triton.primitives import ALIKE, APART, PACKED
 
 SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)
+# Tiles inside and at the edges of two sizes.
+EDGES = LaunchConfig(block_m=32, block_n=64, num_warps=1, num_stages=1, edge_n=16)
 GROUPS = [(4, 4), (8, 2), (5, 1), (9, 3)]
 
 
@@ -17,8 +21,10 @@ def check(batch, config=SMALL):
     assert_close(batch, batch.decode(config))
 
 
-@pytest.mark.parametrize("heads", GROUPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "heads,dtype",
+    [(heads, torch.float32) for heads in GROUPS] + [((5, 1), torch.float16)],
+)
 def test_mixed_batch(heads, dtype):
     """Prefill from nothing, a chunk past the window, decodes short and long."""
     batch = make_batch(
@@ -34,9 +40,18 @@ def test_lengths_around_every_edge(n):
 
 
 @pytest.mark.parametrize(
-    "head_size,rot_dim", [(64, 64), (80, 32), (80, 80), (96, 96), (128, 64), (256, 256)]
+    "head_size,rot_dim,is_neox",
+    [
+        (64, 64, True),
+        (64, 64, False),
+        (80, 32, True),
+        (80, 32, False),
+        (80, 80, True),
+        (96, 96, False),
+        (128, 64, True),
+        (256, 256, False),
+    ],
 )
-@pytest.mark.parametrize("is_neox", [True, False])
 def test_head_sizes_and_rotary_dims(head_size, rot_dim, is_neox):
     check(
         make_batch(
@@ -50,9 +65,20 @@ def test_head_sizes_and_rotary_dims(head_size, rot_dim, is_neox):
     )
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 48, 64, 128])
 def test_block_sizes(block_size):
-    check(make_batch(block_size=block_size, seq_lens=[300, 40], query_lens=[2, 1]))
+    """A tile holds blocks, lies within one, or neither size divides the other."""
+    batch = make_batch(
+        heads=(2, 1),
+        block_size=block_size,
+        sinks=20,
+        window=150,
+        seq_lens=[300, 40],
+        query_lens=[9, 1],
+    )
+    for config in (EDGES, replace(EDGES, block_n=32, edge_n=0)):
+        assert_close(batch, batch.prefill(config))
+    assert_close(batch, batch.decode(SMALL))
 
 
 @pytest.mark.parametrize(
@@ -63,14 +89,20 @@ def test_budgets(sinks, window):
     check(make_batch(sinks=sinks, window=window, seq_lens=[120], query_lens=[3]))
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND", "packed"])
-def test_strided_caches_and_queries(layout):
-    check(make_batch(layout=layout, seq_lens=[100, 9], query_lens=[2, 2]))
+@pytest.mark.parametrize(
+    "layout,kind",
+    [("NHD", ALIKE), ("HND", ALIKE), ("packed", PACKED), ("apart", APART)],
+)
+def test_strided_caches_and_queries(layout, kind):
+    batch = make_batch(layout=layout, seq_lens=[100, 9], query_lens=[2, 2])
+    assert layout_of([batch.k_cache], [batch.v_cache]) == int(kind)
+    check(batch)
 
 
-@pytest.mark.parametrize("turn", [True, False])
-@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
-@pytest.mark.parametrize("with_logits", [True, False])
+@pytest.mark.parametrize(
+    "turn,soft_cap,with_logits",  # each pair of values of two of them
+    [(True, 0.0, True), (True, 2.0, False), (False, 0.0, False), (False, 2.0, True)],
+)
 def test_features(turn, soft_cap, with_logits):
     batch = make_batch(
         heads=(6, 2), turn=turn, soft_cap=soft_cap, seq_lens=[80], query_lens=[2]

@@ -41,7 +41,7 @@ def count(addresses, tensor) -> int:
 def test_loads_do_not_grow_with_the_sequence(loaded, kernel, sinks, window):
     d, kv_heads = 64, 2
     counts = []
-    for n in (1_000, 100_000, 1_000_000):
+    for n in (1_000, 99_944, 1_000_040):  # alike within a block of 128
         batch = make_batch(
             heads=(4, kv_heads),
             head_size=d,

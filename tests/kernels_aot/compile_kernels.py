@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_sink_kernels.triton import decode, launch_config, prefill
 from vllm_sink_kernels.triton.arguments import Variant
+from vllm_sink_kernels.triton.primitives import ALIKE, APART, PACKED
 
 # target -> (Triton's target, shared memory of a block in bytes, and of a core,
 # registers of a core in 32-bit words, warps of a core)
@@ -38,7 +39,12 @@ TARGETS: dict[str, tuple[GPUTarget, int, int, int, int]] = {
 }
 MATRIX = {"cuda": r"mma\.sync|wgmma|tcgen05\.mma", "hip": r"v_mfma"}
 INSTRUCTION = {"cuda": r"\n\s+[@a-z].*;", "hip": r"\n\t[vsdb]\w*_\w+"}
+# A matrix product in machine code, a label, a jump to one.
+PRODUCT = {"cuda": r"HGMMA|HMMA|UTC\w*MMA", "hip": r"v_mfma"}
+LAYOUTS = {"packed": int(PACKED), "alike": int(ALIKE), "apart": int(APART)}
 LITTLE_ROOM = ("fp32", "gfx942", 256)
+# Hopper's prefill at head size 128, bf16: what a warp may issue for 128 keys.
+LOOP_INSTRUCTIONS = 650
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,13 @@ class Case:
     soft_cap: bool = False
     sink_logits: bool = False
     mixed: bool = False  # KV heads with caches and policies of their own
+    layout: str = "packed"  # of K and V
 
     @property
     def name(self) -> str:
         extra = "-interleaved" * (not self.is_neox) + "-cap" * self.soft_cap
         extra += "-logits" * self.sink_logits + "-mixed" * self.mixed
+        extra += f"-{self.layout}" * (self.layout != "packed")
         heads = "x".join(map(str, self.heads))
         budget = "+".join(map(str, self.budget))
         kv = self.kv if self.dtype == "bf16" else self.dtype
@@ -85,6 +93,7 @@ class Resources:
     tiles_ahead: int  # how many tiles before its use K and V are asked for
     wait: int  # copies in flight that a loop's wait leaves; -1: it has none
     instructions: int  # lines of PTX or of AMD's assembler
+    loop_instructions: int  # of machine code a warp for 128 keys of the window; -1 fp32
     occupancy: float  # share of the core's warps, by registers and shared memory
 
 
@@ -107,6 +116,8 @@ def shipped_cases() -> list[Case]:
                 Case(kernel, target, head_size, (32, 8), (4, 4092), "fp32", "fp32")
             )
         cases.append(Case(kernel, target, 128, (32, 8), (4, 4092), mixed=True))
+    for layout in ("alike", "apart"):
+        cases.append(Case("prefill", "sm_90", 128, (32, 8), (4, 4092), layout=layout))
     return cases
 
 
@@ -127,6 +138,7 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
         k_scale_tensor=case.kv == "fp8",
         v_scale_tensor=case.kv == "fp8",
         alignment=16 if case.mixed else 0,
+        layout=LAYOUTS[case.layout],
     )
     table = launch_config.DECODE if case.kernel == "decode" else launch_config.PREFILL
     config = launch_config.lookup(
@@ -139,6 +151,8 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
     )
     if case.kernel == "decode" and case.kv == "fp8":
         config = launch_config.halve_keys(config)
+    if case.kernel == "prefill" and case.kv == "fp8":
+        config = launch_config.prefill_fp8(config)
     if case.kernel == "decode":
         fn = decode.sink_decode_kernel
         constants = decode.kernel_constants(variant, config, is_split=True)
@@ -225,17 +239,65 @@ def pipeline(ttgir: str) -> tuple[int, int]:
     return min(ahead), min(waits, default=-1)
 
 
-def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
+def sass_loops(text: str) -> list[list[str]]:
+    """Instructions from the target of each backward jump to the jump."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
+    code = [instruction for _, instruction in lines]
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    found = []
+    for i, instruction in enumerate(code):
+        jump = re.search(r"BRA.*?(0x[0-9a-f]+)", instruction)
+        if jump and at.get(int(jump[1], 16), len(code)) <= i:
+            found.append(code[at[int(jump[1], 16)] : i + 1])
+    return found
+
+
+def amd_loops(text: str) -> list[list[str]]:
+    """As ``sass_loops``, of AMD's assembler."""
+    code: list[str] = []
+    at: dict[str, int] = {}
+    found = []
+    for line in text.splitlines():
+        label = re.match(r"(\.LBB\w+):", line)
+        if label:
+            at[label[1]] = len(code)
+        elif re.match(r"\t[vsdb]\w*_\w+", line):
+            code.append(line)
+            jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+            if jump and jump[1] in at:
+                found.append(code[at[jump[1]] :])
+    return found
+
+
+def loop_instructions(
+    case: Case, loops: list[list[str]], product: str, config: Any
+) -> int:
+    """Of the loop over the window, a warp, for 128 keys: in prefill the unmasked one.
+
+    It is the last loop with matrix products of decode, the last but one of prefill,
+    where a masked edge follows. Those are longer: were their order another, the count
+    would be above what is allowed, not below.
+    """
+    if case.dtype == "fp32":
+        return -1
+    loops = [x for x in loops if any(re.search(product, line) for line in x)]
+    loop = loops[-1 if case.kernel == "decode" else -2]
+    return round(len(loop) * 128 / config.block_n)
+
+
+def cuobjdump(option: str, binary: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
+        f.write(binary)
         f.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", f.name],
-            check=True,
-            capture_output=True,
-            text=True,
+        command = [tool, option, f.name]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True
         ).stdout
+
+
+def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
+    report = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     _, _, core_shared, core_registers, core_warps = TARGETS[case.target]
     shared, registers = compiled.metadata.shared, usage["REG"]
@@ -259,6 +321,12 @@ def cuda_resources(case: Case, compiled: Any, config: Any) -> Resources:
         tiles_ahead=tiles_ahead,
         wait=wait,
         instructions=len(re.findall(INSTRUCTION["cuda"], compiled.asm["ptx"])),
+        loop_instructions=loop_instructions(
+            case,
+            sass_loops(cuobjdump("-sass", compiled.asm["cubin"])),
+            PRODUCT["cuda"],
+            config,
+        ),
         occupancy=round(blocks * config.num_warps / core_warps, 3),
     )
 
@@ -290,6 +358,9 @@ def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
         tiles_ahead=tiles_ahead,
         wait=wait,
         instructions=len(re.findall(INSTRUCTION["hip"], asm)),
+        loop_instructions=loop_instructions(
+            case, amd_loops(asm), PRODUCT["hip"], config
+        ),
         occupancy=round(blocks * config.num_warps / core_warps, 3),
     )
 
@@ -297,6 +368,12 @@ def hip_resources(case: Case, compiled: Any, config: Any) -> Resources:
 def tiles_ahead_wanted(case: Case) -> int:
     """Two; one where shared memory has no room for two (see ``launch_config``)."""
     return 1 if (case.dtype, case.target, case.head_size) == LITTLE_ROOM else 2
+
+
+def counts_instructions(case: Case) -> bool:
+    """Whether ``LOOP_INSTRUCTIONS`` holds for the case."""
+    kind = case.kernel, case.target, case.head_size, case.kv
+    return kind == ("prefill", "sm_90", 128, "bf16") and case.layout == "packed"
 
 
 def problems(case: Case, r: Resources) -> list[str]:
@@ -314,6 +391,11 @@ def problems(case: Case, r: Resources) -> list[str]:
         found.append(f"K and V loaded {r.tiles_ahead} tiles ahead: want {want}")
     if 0 <= r.wait < 2:
         found.append(f"a loop's wait leaves {r.wait} copies in flight: want a tile's 2")
+    if counts_instructions(case) and not 0 < r.loop_instructions <= LOOP_INSTRUCTIONS:
+        found.append(
+            f"{r.loop_instructions} instructions for 128 keys: want "
+            f"{LOOP_INSTRUCTIONS} at most"
+        )
     if r.occupancy == 0:
         found.append("not one block fits a core")
     return found
@@ -344,6 +426,8 @@ def main() -> int:
             "kv_dtype": case.kv,
             "variant": "mixed"
             if case.mixed
+            else case.layout
+            if case.layout != "packed"
             else "soft_cap"
             if case.soft_cap
             else "sink_logits"

@@ -7,8 +7,9 @@ import torch
 
 from vllm_sink_kernels.triton import launch_config
 from vllm_sink_kernels.triton.checks import check_attention, pow2
-from vllm_sink_kernels.triton.head_table import HeadTable
+from vllm_sink_kernels.triton.head_table import HeadTable, layout_of
 from vllm_sink_kernels.triton.launch_config import LaunchConfig, Row
+from vllm_sink_kernels.triton.primitives import PACKED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Variant:
     k_scale_tensor: bool
     v_scale_tensor: bool
     alignment: int = 0  # of the caches of a table of heads; 0: there is none
+    layout: int = int(PACKED)  # of K and V
 
     @property
     def group(self) -> int:
@@ -48,6 +50,7 @@ class Variant:
             "V_SCALE_TENSOR": self.v_scale_tensor,
             "HEADS": self.alignment > 0,
             "ALIGNMENT": self.alignment,
+            "LAYOUT": self.layout,
             "BLOCK_D": pow2(self.head_size),
             "BLOCK_N": config.block_n,
         }
@@ -87,6 +90,7 @@ class AttentionArgs:
             self.v_cache,
             self.block_table,
             self.out,
+            scale=self.scale,
             num_kv_heads=self.num_kv_heads,
             num_sink_tokens=self.num_sink_tokens,
             window_size=self.window_size,
@@ -104,6 +108,13 @@ class AttentionArgs:
         if self.heads is None:
             return self.k_cache.shape[2]
         return self.heads.num_kv_heads
+
+    @property
+    def layout(self) -> int:
+        """How K and V lie; for a table of heads those of every head."""
+        if self.heads is not None:
+            return self.heads.layout
+        return layout_of([self.k_cache], [self.v_cache])
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -126,6 +137,7 @@ class AttentionArgs:
             k_scale_tensor=isinstance(self.k_scale, torch.Tensor),
             v_scale_tensor=isinstance(self.v_scale, torch.Tensor),
             alignment=0 if self.heads is None else self.heads.alignment,
+            layout=self.layout,
         )
 
     def config(self, table: dict[str, list[Row]]) -> LaunchConfig:

@@ -22,6 +22,7 @@ from vllm_sink_kernels.triton.checks import (
 )
 from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.primitives import (
+    HEAD_COLUMN,
     HEAD_COLUMNS,
     K_COLUMN,
     SLOTS_COLUMN,
@@ -75,6 +76,7 @@ def write_kv_cache_kernel(
     m_h = o_h < NUM_KV_HEADS
     if HEADS:
         p_row = heads_ptr + o_h * HEAD_COLUMNS
+        o_h = tl.load(p_row + HEAD_COLUMN, mask=m_h, other=0).to(tl.int32)
         p_slots = tl.load(p_row + SLOTS_COLUMN, mask=m_h, other=0).to(slots_ptr.dtype)
         b_slot = tl.load(p_slots + i_t, mask=m_h, other=-1)
         m_h = m_h & (b_slot >= 0)

@@ -63,6 +63,8 @@ def check_scale(name: str, scale: float | torch.Tensor | None) -> None:
             f"{scale.dtype} {list(scale.shape)}",
             "per-head scales are not supported",
         )
+    elif scale is not None:
+        require(scale > 0, name, "> 0", scale, "pass the cache's scale")
 
 
 def check_cache(
@@ -96,6 +98,7 @@ def check_attention(
     block_table: torch.Tensor,
     out: torch.Tensor,
     *,
+    scale: float,
     num_kv_heads: int,
     num_sink_tokens: int,
     window_size: int,
@@ -135,6 +138,8 @@ def check_attention(
         num_sink_tokens >= 0, "num_sink_tokens", ">= 0", num_sink_tokens, "0 disables"
     )
     require(window_size >= 1, "window_size", ">= 1", window_size, "count the query")
+    # Maxima are taken of scores before they are scaled.
+    require(scale > 0, "scale", "> 0", scale, "pass 1 / sqrt(head size)")
     budget = num_sink_tokens + window_size
     require(
         budget < 1 << 31,

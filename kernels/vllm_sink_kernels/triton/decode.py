@@ -9,7 +9,9 @@ heads of one KV head in a tile and walks its share of the retained tiles::
             turned q     never addressed         plain q
 
 KV heads may differ in S and W (``HeadTable``): those that keep much fill all
-splits, those that keep little the first few, and the rest of theirs end at once.
+splits, those that keep little the first few, and the rest of theirs end at once. Their
+grid is (T, splits, HKV), and the table's rows begin with the heads that keep most: long
+programs start first and spread over all cores, short ones fill the gaps.
 
 Splits leave (normalised output, log-sum-exp) in the workspace; a second small
 kernel merges them.
@@ -96,6 +98,8 @@ def sink_decode_kernel(
     V_SCALE_TENSOR: tl.constexpr,
     HEADS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HEADS_SLOWEST: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,8 +107,26 @@ def sink_decode_kernel(
     MIN_TILES: tl.constexpr,  # that a split takes if there are as many
 ):
     i_t = tl.program_id(0)
-    i_h = tl.program_id(1)
-    i_split = tl.program_id(2)
+    if HEADS_SLOWEST:
+        i_split = tl.program_id(1)
+        i_row = tl.program_id(2)
+    else:
+        i_row = tl.program_id(1)
+        i_split = tl.program_id(2)
+    i_h, p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
+        i_row,
+        heads_ptr,
+        k_ptr,
+        v_ptr,
+        block_table_ptr,
+        stride_kh,
+        stride_vh,
+        stride_table,
+        num_sink_tokens,
+        window_size,
+        HEADS,
+        ALIGNMENT,
+    )
     i_pos = tl.load(positions_ptr + i_t)
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
@@ -119,21 +141,6 @@ def sink_decode_kernel(
             b_zero = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
             tl.store(p_o, b_zero.to(out_ptr.dtype.element_ty), mask=m_gd)
         return
-
-    p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
-        i_h,
-        heads_ptr,
-        k_ptr,
-        v_ptr,
-        block_table_ptr,
-        stride_kh,
-        stride_vh,
-        stride_table,
-        num_sink_tokens,
-        window_size,
-        HEADS,
-        ALIGNMENT,
-    )
 
     # This split's share of the tiles that the query retains.
     num_sinks = tl.minimum(num_sink_tokens, i_pos + 1)
@@ -196,6 +203,7 @@ def sink_decode_kernel(
             b_q,
             b_pos,
             tile_start * BLOCK_N,
+            0,
             tl.minimum(tile_end * BLOCK_N, num_sinks),
             window_size,
             cache,
@@ -204,6 +212,8 @@ def sink_decode_kernel(
             BLOCK_D,
             BLOCK_N,
             BLOCK_SIZE,
+            False,
+            LAYOUT,
             SOFT_CAP,
             KEY_MASK,
         )
@@ -216,6 +226,7 @@ def sink_decode_kernel(
         b_q,
         b_pos,
         window_start + tl.maximum(tile_start - sink_tiles, 0) * BLOCK_N,
+        0,
         tl.minimum(window_start + (tile_end - sink_tiles) * BLOCK_N, i_pos + 1),
         window_size,
         cache,
@@ -224,6 +235,8 @@ def sink_decode_kernel(
         BLOCK_D,
         BLOCK_N,
         BLOCK_SIZE,
+        False,
+        LAYOUT,
         SOFT_CAP,
         KEY_MASK,
     )
@@ -259,11 +272,17 @@ def workspace_shape(
 
 
 def kernel_constants(
-    variant: Variant, config: LaunchConfig, is_split: bool
+    variant: Variant,
+    config: LaunchConfig,
+    is_split: bool,
+    heads_slowest: bool | None = None,
 ) -> dict[str, Any]:
     """The compile-time arguments of ``sink_decode_kernel``."""
+    if heads_slowest is None:
+        heads_slowest = variant.alignment > 0
     return {
         **variant.constants(config),
+        "HEADS_SLOWEST": heads_slowest,
         "NUM_HEADS": variant.num_heads,
         "SPLIT": is_split,
         "BLOCK_G": pow2(variant.group),
@@ -272,9 +291,19 @@ def kernel_constants(
 
 
 class DecodeLauncher:
-    """A layer's decode with its arguments checked: what is left is the launch."""
+    """A layer's decode with its arguments checked: what is left is the launch.
 
-    def __init__(self, args: AttentionArgs, config: LaunchConfig | None = None) -> None:
+    Args:
+        heads_slowest: whether the grid's slowest axis is the heads'; by default that
+            of a table of heads, so that the programs of long ones start first.
+    """
+
+    def __init__(
+        self,
+        args: AttentionArgs,
+        config: LaunchConfig | None = None,
+        heads_slowest: bool | None = None,
+    ) -> None:
         if config is None:
             config = args.config(launch_config.DECODE)
             if args.k_cache.element_size() == 1:
@@ -287,7 +316,7 @@ class DecodeLauncher:
         self.fixed = {
             is_split: {
                 **args.fixed(),
-                **kernel_constants(variant, config, is_split),
+                **kernel_constants(variant, config, is_split, heads_slowest),
                 "num_warps": config.num_warps,
                 "num_stages": config.num_stages,
             }
@@ -316,7 +345,10 @@ class DecodeLauncher:
             assert workspace is not None
             part = workspace
             lse = part[num_tokens * self.num_heads * splits * self.head_size :]
-        sink_decode_kernel[(num_tokens, self.num_kv_heads, splits)](
+        axes = self.num_kv_heads, splits
+        if self.fixed[False]["HEADS_SLOWEST"]:
+            axes = splits, self.num_kv_heads
+        sink_decode_kernel[(num_tokens, *axes)](
             **pointers,
             positions_ptr=query_positions,
             requests_ptr=query_requests,

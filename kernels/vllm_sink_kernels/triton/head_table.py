@@ -15,7 +15,20 @@ from vllm_sink_kernels.triton.checks import (
     require_dtype,
     require_shape,
 )
-from vllm_sink_kernels.triton.primitives import HEAD_COLUMNS
+from vllm_sink_kernels.triton.primitives import ALIKE, APART, HEAD_COLUMNS, PACKED
+
+
+def layout_of(
+    k_caches: Sequence[torch.Tensor], v_caches: Sequence[torch.Tensor]
+) -> int:
+    """``PACKED``, ``ALIKE`` or ``APART``: what holds for each pair of caches."""
+    pairs = list(zip(k_caches, v_caches, strict=True))
+    if any(k.stride()[:-1] != v.stride()[:-1] for k, v in pairs):
+        return int(APART)
+    beside = k_caches[0].shape[-1] * k_caches[0].element_size()
+    if any(v.data_ptr() - k.data_ptr() != beside for k, v in pairs):
+        return int(ALIKE)
+    return int(PACKED)
 
 
 @dataclass(frozen=True)
@@ -27,13 +40,15 @@ class HeadTable:
     that captured it included; it keeps them alive.
 
     Args:
-        rows: int64 [HKV, HEAD_COLUMNS].
+        rows: int64 [HKV, HEAD_COLUMNS], those with the largest budget first: in this
+            order their programs start.
         k_cache, v_cache: [B, N, 1, D] of the first head: dtype and strides of all.
         block_table: of the first head.
         slot_mapping: of the first head.
         budgets: S + W of each head.
         max_sink_tokens: the largest S.
         alignment: bytes that divide every cache's address, 16 at most.
+        layout: how K and V of each head lie.
         kept: what the addresses point into.
     """
 
@@ -45,6 +60,7 @@ class HeadTable:
     budgets: tuple[int, ...]
     max_sink_tokens: int
     alignment: int
+    layout: int
     kept: tuple[torch.Tensor, ...]
 
     @classmethod
@@ -124,12 +140,20 @@ class HeadTable:
                 num_sink_tokens,
                 window_size,
                 slots.data_ptr(),
-                0,
+                head,
             ]
-            for k, v, table, slots, (num_sink_tokens, window_size) in zip(
-                k_caches, v_caches, block_tables, slot_mappings, policies, strict=True
+            for head, k, v, table, slots, (num_sink_tokens, window_size) in zip(
+                range(num_heads),
+                k_caches,
+                v_caches,
+                block_tables,
+                slot_mappings,
+                policies,
+                strict=True,
             )
         ]
+        budgets = tuple(sinks + window for sinks, window in policies)
+        rows.sort(key=lambda row: budgets[row[-1]], reverse=True)
         assert len(rows[0]) == int(HEAD_COLUMNS)
         addresses = [address for row in rows for address in row[:2]]
         return cls(
@@ -138,9 +162,10 @@ class HeadTable:
             v_cache=v_caches[0],
             block_table=block_tables[0],
             slot_mapping=slot_mappings[0],
-            budgets=tuple(sinks + window for sinks, window in policies),
+            budgets=budgets,
             max_sink_tokens=max(sinks for sinks, _ in policies),
             alignment=min((a & -a) if a else 16 for a in [*addresses, 16]),
+            layout=layout_of(k_caches, v_caches),
             kept=(*k_caches, *v_caches, *block_tables, *slot_mappings),
         )
 

@@ -37,13 +37,15 @@ class LaunchConfig:
     """Tiles and pipeline of one launch.
 
     ``block_m`` counts rows of queries (tokens x heads of a group); decode pads
-    its group to at least 16 and ignores it. ``block_n`` counts keys.
+    its group to at least 16 and ignores it. ``block_n`` counts keys; ``edge_n`` those
+    of prefill's tiles that hide some (sinks, the ends of the window), if it is fewer.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    edge_n: int = 0  # 0: block_n
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ PREFILL: dict[str, list[Row]] = {
     ],
     "sm_90": [
         Row(64, ANY, ANY, LaunchConfig(128, 32, 8, 4)),
-        Row(128, ANY, ANY, LaunchConfig(128, 64, 8, 3)),
+        Row(128, ANY, ANY, LaunchConfig(128, 128, 8, 3, edge_n=32)),
         Row(256, ANY, ANY, LaunchConfig(64, 32, 8, 3)),
     ],
     "sm_100": [
@@ -182,6 +184,11 @@ def lookup(
 def halve_keys(config: LaunchConfig) -> LaunchConfig:
     """For fp8 caches in decode: their conversion takes the registers of half a tile."""
     return replace(config, block_n=max(16, config.block_n // 2))
+
+
+def prefill_fp8(config: LaunchConfig) -> LaunchConfig:
+    """For fp8 caches in prefill: their conversion has no room beside 128 keys."""
+    return replace(config, block_n=min(64, config.block_n))
 
 
 def num_cores(device: torch.device) -> int:

@@ -91,14 +91,24 @@ def sink_prefill_kernel(
     V_SCALE_TENSOR: tl.constexpr,
     HEADS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     TILE_Q: tl.constexpr,  # query tokens a tile
     BLOCK_M: tl.constexpr,  # its rows, at least TILE_Q * GROUP
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,  # keys of a tile that hides some
 ):
+    # Tiles begin at whole blocks, or at whole tiles of a larger block, unless neither
+    # of the two sizes divides the other.
+    INNER_ALIGNED: tl.constexpr = BLOCK_N % BLOCK_SIZE == 0 or BLOCK_SIZE % BLOCK_N == 0
+    EDGE_ALIGNED: tl.constexpr = INNER_ALIGNED and (
+        EDGE_N % BLOCK_SIZE == 0 or BLOCK_SIZE % EDGE_N == 0
+    )
+    INNER_UNIT: tl.constexpr = min(BLOCK_N, BLOCK_SIZE) if INNER_ALIGNED else 1
+    EDGE_UNIT: tl.constexpr = min(EDGE_N, BLOCK_SIZE) if EDGE_ALIGNED else 1
     # Later tiles of a prompt see more keys: started first, they do not end last.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_h = tl.program_id(1)
+    i_row = tl.program_id(1)  # of the table of heads, which begins with the longest
     i_r, i_start = find_request(
         query_start_ptr, first_request, num_requests, first_token, i_tile, TILE_Q
     )
@@ -110,7 +120,6 @@ def sink_prefill_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_q = i_first + o_m // GROUP  # query of the row, within the request
-    o_h = i_h * GROUP + o_m % GROUP
     m_m = (o_m < TILE_Q * GROUP) & (o_q < query_len)
     m_md = m_m[:, None] & (o_d < HEAD_SIZE)[None, :]
     num_computed = tl.load(seq_lens_ptr + i_r) - query_len
@@ -119,9 +128,8 @@ def sink_prefill_kernel(
     last = num_computed + tl.minimum(i_first + TILE_Q, query_len) - 1
 
     o_t = (i_start + o_q).to(tl.int64)
-    p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
-    p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
-        i_h,
+    i_h, p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
+        i_row,
         heads_ptr,
         k_ptr,
         v_ptr,
@@ -134,6 +142,8 @@ def sink_prefill_kernel(
         HEADS,
         ALIGNMENT,
     )
+    o_h = i_h * GROUP + o_m % GROUP
+    p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
     p_table = p_table + tl.cast(i_r, tl.int64) * stride_table
     cache = (p_table, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn)
     score_scale = scale * load_scale(k_scale, K_SCALE_TENSOR)
@@ -172,11 +182,12 @@ def sink_prefill_kernel(
                 BLOCK_D,
             ).to(b_q.dtype)
         k_end = tl.minimum(num_sink_tokens, last + 1)
-        inner_end = tl.minimum(num_sink_tokens, first + 1) // BLOCK_N * BLOCK_N
+        inner_end = tl.minimum(num_sink_tokens, first + 1) // EDGE_N * EDGE_N
         state = attend_range(
             state,
             b_q,
             b_pos,
+            0,
             0,
             inner_end,
             window_size,
@@ -184,8 +195,10 @@ def sink_prefill_kernel(
             scores,
             HEAD_SIZE,
             BLOCK_D,
-            BLOCK_N,
+            EDGE_N,
             BLOCK_SIZE,
+            EDGE_ALIGNED,
+            LAYOUT,
             SOFT_CAP,
             NO_MASK,
         )
@@ -194,14 +207,17 @@ def sink_prefill_kernel(
             b_q,
             b_pos,
             inner_end,
+            0,
             k_end,
             window_size,
             cache,
             scores,
             HEAD_SIZE,
             BLOCK_D,
-            BLOCK_N,
+            EDGE_N,
             BLOCK_SIZE,
+            EDGE_ALIGNED,
+            LAYOUT,
             SOFT_CAP,
             SINK_MASK,
         )
@@ -211,10 +227,12 @@ def sink_prefill_kernel(
             # differ so that the compiler does not make one load of them.
             b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_first")
 
-    # The window: an edge where it starts row by row, the inside, the diagonal.
+    # The window: an edge where it starts row by row, the inside, the diagonal. What
+    # alignment puts before i_low is neither loaded nor seen.
     i_low = tl.maximum(num_sink_tokens, first - window_size + 1)
     i_seen_by_last = tl.maximum(num_sink_tokens, last - window_size + 1)
-    inner_start = i_low + tl.cdiv(i_seen_by_last - i_low, BLOCK_N) * BLOCK_N
+    i_from = i_low // EDGE_UNIT * EDGE_UNIT
+    inner_start = tl.cdiv(i_seen_by_last, INNER_UNIT) * INNER_UNIT
     inner_tiles = tl.maximum(first + 1 - inner_start, 0) // BLOCK_N
     inner_end = inner_start + inner_tiles * BLOCK_N
     for i_edge in tl.static_range(2):
@@ -224,6 +242,7 @@ def sink_prefill_kernel(
                 b_q,
                 b_pos,
                 inner_start,
+                0,
                 inner_end,
                 window_size,
                 cache,
@@ -232,6 +251,8 @@ def sink_prefill_kernel(
                 BLOCK_D,
                 BLOCK_N,
                 BLOCK_SIZE,
+                INNER_ALIGNED,
+                LAYOUT,
                 SOFT_CAP,
                 NO_MASK,
             )
@@ -239,15 +260,18 @@ def sink_prefill_kernel(
             state,
             b_q,
             b_pos,
-            i_low if i_edge == 0 else inner_end,
+            i_from if i_edge == 0 else inner_end,
+            i_low,
             tl.minimum(inner_start, last + 1) if i_edge == 0 else last + 1,
             window_size,
             cache,
             scores,
             HEAD_SIZE,
             BLOCK_D,
-            BLOCK_N,
+            EDGE_N,
             BLOCK_SIZE,
+            EDGE_ALIGNED,
+            LAYOUT,
             SOFT_CAP,
             WINDOW_MASK,
         )
@@ -266,6 +290,7 @@ def kernel_constants(variant: Variant, config: LaunchConfig) -> dict[str, Any]:
         **variant.constants(config),
         "TILE_Q": block_m // variant.group,
         "BLOCK_M": block_m,
+        "EDGE_N": config.edge_n or config.block_n,
     }
 
 
@@ -273,7 +298,10 @@ class PrefillLauncher:
     """A layer's prefill with its arguments checked: what is left is the launch."""
 
     def __init__(self, args: AttentionArgs, config: LaunchConfig | None = None) -> None:
-        config = config or args.config(launch_config.PREFILL)
+        if config is None:
+            config = args.config(launch_config.PREFILL)
+            if args.k_cache.element_size() == 1:
+                config = launch_config.prefill_fp8(config)
         constants = kernel_constants(args.variant(), config)
         self.num_kv_heads, self.tile_q = args.num_kv_heads, constants["TILE_Q"]
         self.fixed = {

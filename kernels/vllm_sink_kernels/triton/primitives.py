@@ -15,6 +15,11 @@ KEY_MASK: tl.constexpr = tl.constexpr(1)  # rows agree: keys below k_end
 SINK_MASK: tl.constexpr = tl.constexpr(2)  # and k <= position of the row
 WINDOW_MASK: tl.constexpr = tl.constexpr(3)  # and position - k < W
 
+# Where V lies.
+APART: tl.constexpr = tl.constexpr(0)  # anywhere, with strides of its own
+ALIKE: tl.constexpr = tl.constexpr(1)  # anywhere, with the strides of K
+PACKED: tl.constexpr = tl.constexpr(2)  # beside K: a slot holds both, as in vLLM
+
 # A row of the table of heads: what a KV head has of its own.
 K_COLUMN: tl.constexpr = tl.constexpr(0)  # address of its K in block 0
 V_COLUMN: tl.constexpr = tl.constexpr(1)
@@ -23,6 +28,7 @@ TABLE_STRIDE_COLUMN: tl.constexpr = tl.constexpr(3)  # entries a request
 SINKS_COLUMN: tl.constexpr = tl.constexpr(4)  # S
 WINDOW_COLUMN: tl.constexpr = tl.constexpr(5)  # W
 SLOTS_COLUMN: tl.constexpr = tl.constexpr(6)  # address of its slot mapping
+HEAD_COLUMN: tl.constexpr = tl.constexpr(7)  # which KV head it is
 HEAD_COLUMNS: tl.constexpr = tl.constexpr(8)
 
 
@@ -140,7 +146,7 @@ def cap_scores(b_s, soft_cap):
 
 @triton.jit
 def load_head(
-    i_h,
+    i_row,
     heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
     k_ptr,  # [B, N, HKV, D]; if HEADS, any head's: its dtype counts
     v_ptr,
@@ -153,19 +159,21 @@ def load_head(
     HEADS: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # bytes that divide every address in the table
 ):
-    """K, V and block table of a KV head, the table's stride, and S and W.
+    """A KV head: which, its K, V and block table, the table's stride, and S and W.
 
     A layer whose heads share cache, block table and policy passes them; one whose
-    heads have their own passes their addresses, a row a head.
+    heads have their own passes their addresses, a row a head, in the order in which
+    programs are to start.
     """
     if HEADS:
-        p_row = heads_ptr + i_h * HEAD_COLUMNS
+        p_row = heads_ptr + i_row * HEAD_COLUMNS
         p_k = tl.load(p_row + K_COLUMN).to(k_ptr.dtype)
         p_v = tl.load(p_row + V_COLUMN).to(v_ptr.dtype)
         p_k = tl.multiple_of(p_k, ALIGNMENT)
         p_v = tl.multiple_of(p_v, ALIGNMENT)
         p_table = tl.load(p_row + TABLE_COLUMN).to(block_table_ptr.dtype)
         return (
+            tl.load(p_row + HEAD_COLUMN).to(tl.int32),
             p_k,
             p_v,
             p_table,
@@ -175,8 +183,9 @@ def load_head(
         )
     else:
         return (
-            k_ptr + i_h.to(tl.int64) * stride_kh,
-            v_ptr + i_h.to(tl.int64) * stride_vh,
+            i_row,
+            k_ptr + i_row.to(tl.int64) * stride_kh,
+            v_ptr + i_row.to(tl.int64) * stride_vh,
             block_table_ptr,
             tl.cast(stride_table, tl.int64),
             num_sink_tokens,
@@ -190,7 +199,9 @@ def attend_tile(
     b_q,  # [M, BLOCK_D] in the dtype of the dot
     b_pos,  # [M] positions of the rows
     b_block,  # [BLOCK_N] int32, block ids of the keys
+    o_slot,  # [BLOCK_N] slots of the keys in their blocks
     i_key,  # first key of the tile
+    i_low,  # keys before it are not loaded by WINDOW_MASK, the others have none
     i_end,  # keys from here on are not loaded
     window_size,
     cache,
@@ -198,34 +209,49 @@ def attend_tile(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``."""
+    """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``.
+
+    The maximum is taken of raw scores and scaled a row at a time; a score is scaled
+    where the maximum is subtracted, by the same multiply-add. So the scale must be
+    positive (``checks`` asks for it).
+    """
     b_acc, b_max, b_sum = state
     _, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn = cache
     score_scale, soft_cap = scores
     o_d = tl.arange(0, BLOCK_D)
     o_n = i_key + tl.arange(0, BLOCK_N)
-    m_d = o_d < HEAD_SIZE
+    m_d = (o_d < HEAD_SIZE)[None, :]
     m_n = o_n < i_end
-    b_block = b_block.to(tl.int64)
-    o_slot = (o_n % BLOCK_SIZE).to(tl.int64)
-    p_bk = p_k + (b_block * stride_kb + o_slot * stride_kn)[None, :] + o_d[:, None]
-    p_bv = p_v + (b_block * stride_vb + o_slot * stride_vn)[:, None] + o_d[None, :]
+    if MASK == WINDOW_MASK:
+        m_n = m_n & (o_n >= i_low)
+    b_block = b_block.to(tl.uint32).to(tl.int64)  # never negative: cheaper to widen
+    o_k = (b_block * stride_kb + o_slot * stride_kn)[:, None] + o_d[None, :]
+    p_bk = p_k + o_k
+    # Addresses are a third of what a tile would compute, were those of V its own.
+    if LAYOUT == PACKED:
+        p_bv = p_bk + HEAD_SIZE
+    elif LAYOUT == ALIKE:
+        p_bv = p_v + o_k
+    else:
+        o_v = (b_block * stride_vb + o_slot * stride_vn)[:, None] + o_d[None, :]
+        p_bv = p_v + o_v
     if MASK != NO_MASK:
-        b_k = tl.load(p_bk, mask=m_d[:, None] & m_n[None, :], other=0.0)
-        b_v = tl.load(p_bv, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_k = tl.load(p_bk, mask=m_n[:, None] & m_d, other=0.0)
+        b_v = tl.load(p_bv, mask=m_n[:, None] & m_d, other=0.0)
     elif HEAD_SIZE != BLOCK_D:
-        b_k = tl.load(p_bk, mask=m_d[:, None], other=0.0)
-        b_v = tl.load(p_bv, mask=m_d[None, :], other=0.0)
+        b_k = tl.load(p_bk, mask=m_d, other=0.0)
+        b_v = tl.load(p_bv, mask=m_d, other=0.0)
     else:
         b_k = tl.load(p_bk)
         b_v = tl.load(p_bv)
-    b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * score_scale
+    b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision="ieee")
     if SOFT_CAP:
-        b_s = cap_scores(b_s, soft_cap) * LOG2E
+        b_s = cap_scores(b_s * score_scale, soft_cap)
+        score_scale = LOG2E
     if MASK == KEY_MASK:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     elif MASK == SINK_MASK:
@@ -235,10 +261,12 @@ def attend_tile(
         b_distance = b_pos[:, None] - o_n[None, :]
         m_s = m_n[None, :] & (b_distance >= 0) & (b_distance < window_size)
         b_s = tl.where(m_s, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    # A row that has seen nothing yet keeps -inf; subtract 0 to stay clear of NaN.
-    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s - b_base[:, None])
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * score_scale)
+    b_base = b_new
+    if MASK != NO_MASK:
+        # A row that has seen nothing yet keeps -inf; subtract 0 to stay clear of NaN.
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s * score_scale - b_base[:, None])
     b_alpha = tl.exp2(b_max - b_base)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     b_acc = b_acc * b_alpha[:, None]
@@ -278,11 +306,38 @@ def find_request(
 
 
 @triton.jit
+def load_block_ids(
+    p_table,
+    i_key,
+    i_end,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """int32 [BLOCK_N], the blocks of keys ``i_key ..``; 0 from ``i_end`` on."""
+    o_n = tl.arange(0, BLOCK_N)
+    if MASK == NO_MASK:  # a tile is there whole, or not at all
+        m_n = tl.zeros([BLOCK_N], dtype=tl.int32) + i_key < i_end
+    else:
+        m_n = i_key + o_n < i_end
+    if ALIGNED and BLOCK_SIZE > BLOCK_N:  # a tile lies within one block
+        i_block = tl.load(p_table + i_key // BLOCK_SIZE, mask=i_key < i_end, other=0)
+        return tl.zeros([BLOCK_N], dtype=tl.int32) + i_block
+    elif ALIGNED:
+        p_block = p_table + i_key // BLOCK_SIZE + o_n // BLOCK_SIZE
+    else:
+        p_block = p_table + (i_key + o_n) // BLOCK_SIZE
+    return tl.load(p_block, mask=m_n, other=0)
+
+
+@triton.jit
 def attend_range(
     state,  # acc [M, BLOCK_D], max [M] (base 2), sum [M]: fp32
     b_q,  # [M, BLOCK_D] in the dtype of the dot
     b_pos,  # [M] positions of the rows
     i_start,
+    i_low,  # keys before it are not loaded by WINDOW_MASK, the others have none
     i_end,
     window_size,
     cache,  # the request's block table, K and V of the head, their strides
@@ -291,6 +346,8 @@ def attend_range(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # i_start is a multiple of min(BLOCK_N, BLOCK_SIZE)
+    LAYOUT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
@@ -299,23 +356,36 @@ def attend_range(
     ``NO_MASK`` takes whole tiles. A key from ``i_end`` on is not loaded, neither its
     block id nor K nor V: what lies there (stale ids, NaN) cannot leak.
 
+    ``ALIGNED`` is for sizes of tiles and blocks of which one divides the other: a tile
+    then holds whole blocks, or lies within one, and slots need no division in the loop.
+
     A tile's block ids are loaded one tile ahead. Were they loaded with K and V, the
     compiler would spend the stages of its pipeline on that dependence and wait for
     K and V where they are used; so all stages go to K and V (tests/kernels_aot
     reads from the compiled loops how far ahead they are loaded).
     """
     p_table = cache[0]
-    o_n = i_start + tl.arange(0, BLOCK_N)
-    b_block = tl.load(p_table + o_n // BLOCK_SIZE, mask=o_n < i_end, other=0)
+    o_n = tl.arange(0, BLOCK_N)
+    o_slot = o_n % BLOCK_SIZE
+    b_block = load_block_ids(
+        p_table, i_start, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
+    )
     for i_key in range(i_start, i_end, BLOCK_N):
-        o_n = i_key + BLOCK_N + tl.arange(0, BLOCK_N)
-        b_next = tl.load(p_table + o_n // BLOCK_SIZE, mask=o_n < i_end, other=0)
+        b_next = load_block_ids(
+            p_table, i_key + BLOCK_N, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
+        )
+        if ALIGNED and BLOCK_SIZE > BLOCK_N:
+            o_slot = i_key % BLOCK_SIZE + o_n
+        elif not ALIGNED:
+            o_slot = (i_key + o_n) % BLOCK_SIZE
         state = attend_tile(
             state,
             b_q,
             b_pos,
             b_block,
+            o_slot,
             i_key,
+            i_low,
             i_end,
             window_size,
             cache,
@@ -323,7 +393,7 @@ def attend_range(
             HEAD_SIZE,
             BLOCK_D,
             BLOCK_N,
-            BLOCK_SIZE,
+            LAYOUT,
             SOFT_CAP,
             MASK,
         )
