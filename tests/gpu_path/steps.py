@@ -148,7 +148,8 @@ def slots_of(batch: Batch) -> torch.Tensor:
 
 def padded(x: torch.Tensor, rows: int) -> torch.Tensor:
     """``x`` [T, ...] followed by rows of NaN."""
-    return torch.cat([x, torch.full((rows - len(x), *x.shape[1:]), NAN)])
+    spare = torch.full((rows - len(x), *x.shape[1:]), NAN, dtype=x.dtype)
+    return torch.cat([x, spare])
 
 
 class LayerInputs:
@@ -159,13 +160,18 @@ class LayerInputs:
         slots, size = slots_of(batch), k_cache.shape[1]
         where = slots // size, slots % size
         self.query = padded(batch.q, num_tokens)
-        self.key = padded(k_cache[where].float() * scale, num_tokens)
-        self.value = padded(v_cache[where].float() * scale, num_tokens)
+        self.key = padded(self.real(batch, k_cache[where], scale), num_tokens)
+        self.value = padded(self.real(batch, v_cache[where], scale), num_tokens)
         self.expected_cache = self.join(k_cache, v_cache)
         for cache in (k_cache, v_cache):
             cache[where] = torch.tensor(NAN).to(cache.dtype)
         self.cache = self.join(k_cache, v_cache)
         self.output = torch.full_like(self.query, NAN)
+
+    @staticmethod
+    def real(batch: Batch, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the layer computed before it was put into the cache."""
+        return (x.float() * scale).to(batch.q.dtype)
 
     @staticmethod
     def join(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:

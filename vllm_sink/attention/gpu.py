@@ -23,6 +23,7 @@ from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.prefill import PrefillLauncher
 
 from vllm_sink.attention.base import SinkImplBase, Step
+from vllm_sink.attention.gpu_flash import FlashPrefill
 from vllm_sink.attention.gpu_plan import SinkGpuMetadata
 from vllm_sink.attention.gpu_support import FP8_KV_CACHE_DTYPES
 from vllm_sink.rotation.head_counts import refuse_other_heads
@@ -34,6 +35,7 @@ class Launchers(NamedTuple):
     write: WriteLauncher
     decode: DecodeLauncher
     prefill: PrefillLauncher
+    flash: FlashPrefill
 
 
 class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
@@ -114,14 +116,15 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
         if split < end:
             if plan.has_prefill_padding:
                 output[split:end].zero_()
-            launch.prefill(
-                pointers,
-                plan.query_start_loc,
-                plan.seq_lens,
-                end,
-                plan.num_decodes,
-                split,
-            )
+            if not launch.flash.run(pointers, plan):
+                launch.prefill(
+                    pointers,
+                    plan.query_start_loc,
+                    plan.seq_lens,
+                    end,
+                    plan.num_decodes,
+                    split,
+                )
         return output
 
     def _find_launchers(
@@ -179,6 +182,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
             WriteLauncher(key, value, k_cache, v_cache, k_scale, v_scale, heads),
             DecodeLauncher(args),
             PrefillLauncher(args),
+            FlashPrefill(args),
         )
         self._launchers[layout] = launchers
         return launchers

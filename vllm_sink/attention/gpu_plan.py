@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_sink_kernels.triton.plan import map_tokens
+from vllm_sink_kernels.triton.window import WindowView
 
 from vllm_sink.attention.base import SinkBuilderBase, Step
 from vllm_sink.attention.gpu_memory import long_stream_warning
@@ -60,6 +61,9 @@ class SinkGpuMetadata(AttentionMetadata):
             CUDA graphs hold on to; position -1 for padding.
         has_prefill_padding: tokens past the last request may follow, whose output
             prefill leaves alone.
+        max_query_len, max_seq_len: No request has more; the host's numbers.
+        is_captured: A CUDA graph holds on to what is launched; other batches follow.
+        window_view: What FlashAttention takes of the step, once a layer asked for it.
     """
 
     policy: RetentionPolicy
@@ -73,6 +77,10 @@ class SinkGpuMetadata(AttentionMetadata):
     query_positions: torch.Tensor
     query_requests: torch.Tensor
     has_prefill_padding: bool
+    max_query_len: int
+    max_seq_len: int
+    is_captured: bool
+    window_view: WindowView | None = field(init=False, default=None, repr=False)
     step: Step = field(init=False, repr=False)
 
 
@@ -146,7 +154,7 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
             decodes = common.num_reqs, common.num_actual_tokens
         else:
             decodes = 0, 0
-        return self._plan(common, *decodes, has_padding=True)
+        return self._plan(common, *decodes, has_padding=True, is_captured=True)
 
     def _plan(
         self,
@@ -155,6 +163,7 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
         num_decode_tokens: int,
         *,
         has_padding: bool,
+        is_captured: bool = False,
     ) -> SinkGpuMetadata:
         if common.causal is not True:
             raise ValueError(
@@ -176,6 +185,9 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
             query_positions=self._query_positions[:num_decode_tokens],
             query_requests=self._query_requests[:num_decode_tokens],
             has_prefill_padding=has_padding,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            is_captured=is_captured,
         )
         if num_decode_tokens:
             map_tokens(
