@@ -15,12 +15,19 @@ from vllm_sink_kernels.triton import launch_config
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.triton.prefill import sink_prefill
 
-from benchmarks.gpu_batches import DEVICE, Paged, paged, paged_heads, rope_table
+from benchmarks.gpu_batches import (
+    DEVICE,
+    INTERPRET,
+    Paged,
+    paged,
+    paged_heads,
+    rope_table,
+)
 
 HEADS = (32, 8)
 HEAD_SIZE = 128
 BLOCK_SIZE = 16
-DTYPE = torch.bfloat16
+DTYPE = torch.float16 if INTERPRET else torch.bfloat16  # see tests/kernels/conftest.py
 MODEL = f"{HEADS[0]}/{HEADS[1]} heads, d {HEAD_SIZE}, bf16"
 LAYOUT = {"head_size": HEAD_SIZE, "block_size": BLOCK_SIZE, "dtype": DTYPE}
 POLICIES = [(64, 4, 4092), (1, 4, 4092), (64, 4, 1020)]  # batch, S, W
@@ -165,8 +172,10 @@ PEERS = {"vllm unified_attention": unified, "vllm FA3": flash}
 class Table:
     """Rows of times; ``gbps`` counts each retained K and V once."""
 
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
+    def __init__(
+        self, repeats: int, write: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.repeats, self.write = repeats, write
         self.rows: list[dict[str, Any]] = []
 
     def add(
@@ -196,6 +205,8 @@ class Table:
             "tflops": round(flops / median / 1e9, 2),
         }
         self.rows.append(row)
+        if self.write is not None:
+            self.write(row)
         print(*row.values(), sep="  ", flush=True)
 
     def add_peers(self, shape: str, x: Paged, window: int, **work: int) -> None:

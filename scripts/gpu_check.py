@@ -4,6 +4,7 @@
     python scripts/gpu_check.py              # correctness, engine, times, then the CSV
     python scripts/gpu_check.py --quick      # a corner of the matrix, short timing
     python scripts/gpu_check.py --part times
+    python scripts/gpu_check.py --part prefill mixes    # every variant
     python scripts/gpu_check.py --interpret --quick   # no GPU: correctness and engine
 
 Correctness runs decode, prefill and cache write against ``reference`` (error at
@@ -34,6 +35,7 @@ import torch  # noqa: E402
 from vllm_sink_kernels import reference  # noqa: E402
 from vllm_sink_kernels.triton.cache_write import write_kv_cache  # noqa: E402
 
+from benchmarks import gpu_mixes, gpu_prefill  # noqa: E402
 from benchmarks.gpu_batches import (  # noqa: E402
     DEVICE,
     INTERPRET,
@@ -42,9 +44,11 @@ from benchmarks.gpu_batches import (  # noqa: E402
     rope_table,
 )
 from benchmarks.gpu_kernels import run_decode, run_prefill, time_kernels  # noqa: E402
+from benchmarks.gpu_rows import RowFile  # noqa: E402
 from benchmarks.machine import write_gpu_rows  # noqa: E402
 
 PARTS = ("correctness", "engine", "times")
+VARIANTS = {"prefill": gpu_prefill, "mixes": gpu_mixes}  # asked for by name alone
 FP8 = torch.float8_e4m3fn
 
 
@@ -218,7 +222,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interpret", action="store_true", help="run without a GPU")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, *VARIANTS], default=PARTS)
     parser.add_argument(
         "--jobs",
         type=int,
@@ -233,6 +237,9 @@ def main():
     failed = correctness(args.quick, args.jobs) if "correctness" in args.part else 0
     if "engine" in args.part:
         failed += engine()
+    for part in [part for part in VARIANTS if part in args.part]:
+        write = None if INTERPRET else RowFile(f"gpu_{part}", args.out)
+        failed += VARIANTS[part].run(write, 30 if args.quick else 100)
     if failed or INTERPRET or "times" not in args.part:
         return int(failed > 0)
     write_gpu_rows(time_kernels(args.quick), "gpu_check", args.out)
