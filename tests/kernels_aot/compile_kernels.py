@@ -121,32 +121,36 @@ def shipped_cases() -> list[Case]:
     return cases
 
 
-def compile_case(case: Case) -> tuple[Any, Resources]:
-    """Compile ``case`` with the configuration that the launcher would pick."""
-    sinks, window = case.budget
+def variant_of(case: Case) -> Variant:
+    """The layer of a case, in blocks of 16."""
     num_heads, num_kv_heads = case.heads
-    variant = Variant(
+    return Variant(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=case.head_size,
         block_size=16,
         rot_dim=case.head_size,
         is_neox=case.is_neox,
-        has_sinks=sinks > 0,
+        has_sinks=case.budget[0] > 0,
         soft_cap=case.soft_cap,
         sink_logits=case.sink_logits,
         k_scale_tensor=case.kv == "fp8",
         v_scale_tensor=case.kv == "fp8",
         alignment=16 if case.mixed else 0,
-        layout=LAYOUTS[case.layout],
+        layout=LAYOUTS["alike" if case.kv == "fp8" else case.layout],
     )
+
+
+def compile_case(case: Case) -> tuple[Any, Resources]:
+    """Compile ``case`` with the configuration that the launcher would pick."""
+    variant = variant_of(case)
     table = launch_config.DECODE if case.kernel == "decode" else launch_config.PREFILL
     config = launch_config.lookup(
         table,
         case.target,
         head_size=case.head_size,
         group=variant.group,
-        budget=sinks + window,
+        budget=sum(case.budget),
         dtype=torch.float32 if case.dtype == "fp32" else torch.bfloat16,
     )
     if case.kernel == "decode" and case.kv == "fp8":
@@ -197,7 +201,7 @@ def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = scalars.get(name, "i32")
-            if name.startswith("stride_"):
+            if name.startswith("stride_") and not fn.params[i].do_not_specialize:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn, signature, constants, attrs)
 

@@ -13,15 +13,20 @@ from pathlib import Path
 import pytest
 import triton
 from compile_kernels import (
+    LOOP_INSTRUCTIONS,
     TARGETS,
     Case,
     compile_case,
+    counts_instructions,
+    cuobjdump,
     problems,
     shipped_cases,
+    source,
     tiles_ahead_wanted,
+    variant_of,
 )
 from triton.compiler import ASTSource
-from vllm_sink_kernels.triton import cache_write, merge, plan
+from vllm_sink_kernels.triton import cache_write, merge, plan, window
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/kernel_resources.csv"
@@ -59,6 +64,8 @@ def test_the_table_holds_every_shipped_case_and_none_fails():
         assert int(row["shared"]) <= TARGETS[case.target][1]
         assert int(row["tiles_ahead"]) >= tiles_ahead_wanted(case), row
         assert int(row["wait"]) >= 2 or row["wait"] == "-1", row
+        if counts_instructions(case):
+            assert 0 < int(row["loop_instructions"]) <= LOOP_INSTRUCTIONS, row
         if case.dtype == "bf16":
             assert int(row["matrix_instructions"]) > 0, row
 
@@ -73,6 +80,24 @@ def compile_small(kernel, target, constants, types):
     return triton.compile(
         ASTSource(kernel, signature, constants, attrs), target=TARGETS[target][0]
     )
+
+
+def test_hoppers_sinks_after_the_window_compile():
+    case = Case("prefill", "sm_90", 128, (32, 8), (4, 4092))
+    constants = window.kernel_constants(variant_of(case), window.ADD_SINKS)
+    compiled = triton.compile(
+        source(window.add_sinks_kernel, constants, case),
+        target=TARGETS["sm_90"][0],
+        options={"num_warps": window.ADD_SINKS.num_warps},
+    )
+    report = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
+    assert "STACK:0 " in report and "LOCAL:0 " in report, report
+    types = {"first_request": "i32"} | dict.fromkeys(
+        ("block_table_ptr", "query_start_ptr", "seq_lens_ptr"), "*i32"
+    )
+    types |= dict.fromkeys(("out_table_ptr", "out_start_ptr", "out_lens_ptr"), "*i32")
+    constants = {"BLOCK_SIZE": 16, "BLOCK": window.BLOCK}
+    compile_small(window.window_view_kernel, "sm_90", constants, types)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,12 +21,16 @@ from vllm_sink_kernels.triton.primitives import ALIKE, APART, HEAD_COLUMNS, PACK
 def layout_of(
     k_caches: Sequence[torch.Tensor], v_caches: Sequence[torch.Tensor]
 ) -> int:
-    """``PACKED``, ``ALIKE`` or ``APART``: what holds for each pair of caches."""
+    """``PACKED``, ``ALIKE`` or ``APART``: what holds for each pair of caches.
+
+    Never ``PACKED`` of fp8, for which Triton 3.9 would give decode a stack frame.
+    """
     pairs = list(zip(k_caches, v_caches, strict=True))
     if any(k.stride()[:-1] != v.stride()[:-1] for k, v in pairs):
         return int(APART)
-    beside = k_caches[0].shape[-1] * k_caches[0].element_size()
-    if any(v.data_ptr() - k.data_ptr() != beside for k, v in pairs):
+    itemsize = k_caches[0].element_size()
+    beside = k_caches[0].shape[-1] * itemsize
+    if itemsize == 1 or any(v.data_ptr() - k.data_ptr() != beside for k, v in pairs):
         return int(ALIKE)
     return int(PACKED)
 
