@@ -101,10 +101,12 @@ def shipped_cases() -> list[Case]:
     """Every row of the tables (head sizes, groups, budgets) on every target."""
     cases = []
     for kernel, target in itertools.product(("decode", "prefill"), TARGETS):
-        for head_size in (64, 80, 96, 128, 256):
+        for head_size in (64, 80, 128, 256):  # 80 is padded as 96 is
             cases.append(Case(kernel, target, head_size, (32, 8), (4, 4092)))
-        cases.append(Case(kernel, target, 64, (9, 3), (4, 508)))
-        cases.append(Case(kernel, target, 128, (8, 8), (64, 960)))
+        if (kernel, target) == ("decode", "sm_120"):  # a row of small budgets
+            cases.append(Case(kernel, target, 64, (9, 3), (4, 508)))
+        if target == "sm_90":
+            cases.append(Case(kernel, target, 128, (8, 8), (64, 960)))
         cases.append(Case(kernel, target, 128, (5, 1), (0, 4096)))
         cases.append(Case(kernel, target, 64, (64, 8), (4, 4092), sink_logits=True))
         cases.append(Case(kernel, target, 256, (16, 8), (4, 4092), soft_cap=True))

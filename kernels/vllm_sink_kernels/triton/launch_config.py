@@ -188,7 +188,7 @@ def halve_keys(config: LaunchConfig) -> LaunchConfig:
 
 def prefill_fp8(config: LaunchConfig) -> LaunchConfig:
     """For fp8 caches in prefill: their conversion has no room beside 128 keys."""
-    return replace(config, block_n=min(64, config.block_n))
+    return replace(config, block_n=min(64, config.block_n), edge_n=0)
 
 
 def num_cores(device: torch.device) -> int:
