@@ -22,13 +22,11 @@ import functools
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import overload
 
 from vllm_sink_kernels.cpu import micro, native
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.micro import LANES, ROWS
-from vllm_sink_kernels.cpu.native import OPTIONS, array, at, put, take
+from vllm_sink_kernels.cpu.native import OPTIONS, at, put, take
 from vllm_sink_kernels.cpu.rows import (
     COS,
     FIELDS,
@@ -40,11 +38,12 @@ from vllm_sink_kernels.cpu.rows import (
     Tiles,
     Turns,
 )
-from vllm_sink_kernels.cpu.span import KEYS, PITCH, add_logits, merge, span
+from vllm_sink_kernels.cpu.span import F32, KEYS, PITCH, add_logits, merge, span
 
 # Floats of keys and values up to which one thread is as fast as two, of which the
 # other has to wake (SmolLM2-135M on two cores: up to 170 keys).
 SERIAL_FLOATS = 64 * 1024
+I64 = np.int64
 
 Job, _SIGNATURE = native.job_type(
     "FlashJob",
@@ -124,27 +123,17 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
             return
         head_size, group = job.head_size, job.num_heads // job.num_kv_heads
         block_size = job.block_size
-        tiles = array(job.tiles, (job.num_tiles, 4), np.int64)
-        caches = array(job.caches, job.num_kv_heads, np.int64)
-        head_kinds = array(job.head_kinds, job.num_kv_heads, np.int64)
-        kinds = array(job.kinds, (job.num_kinds, 4), np.int64)
-        turns = array(job.turns, (job.num_kinds, 2), np.int64)
         all_rows = job.max_queries * group
         # This thread's memory.
-        at_scores = job.scratch + take(job.threads, 1) * job.scratch_bytes
-        at_sums = at_scores + 4 * all_rows * PITCH
-        at_query = at_sums + 4 * all_rows * head_size
-        at_turned = at_query + 4 * all_rows * head_size
-        at_bits = at_turned + 4 * all_rows * head_size
-        at_tops = at_bits + 2 * all_rows * head_size
-        scores = array(at_scores, (all_rows, PITCH), np.float32)
-        sums = array(at_sums, (all_rows, head_size), np.float32)
-        query = array(at_query, (all_rows, head_size), np.float32)
-        turned = array(at_turned, (all_rows, head_size), np.float32)
-        bits = array(at_bits, (all_rows, head_size), np.uint16)
-        tops = array(at_tops, all_rows, np.float32)
-        totals = array(at_tops + 4 * all_rows, all_rows, np.float32)
-        peaks = array(at_tops + 8 * all_rows, all_rows, np.float32)
+        scores = job.scratch + take(job.threads, 1) * job.scratch_bytes
+        sums = scores + 4 * all_rows * PITCH
+        query = sums + 4 * all_rows * head_size
+        turned = query + 4 * all_rows * head_size
+        bits = turned + 4 * all_rows * head_size
+        tops = bits + 2 * all_rows * head_size
+        totals = tops + 4 * all_rows
+        peaks = totals + 4 * all_rows
+        state = (scores, sums, tops, totals, peaks)
         part_floats = all_rows * (head_size + 2)
         num_items = job.num_tiles * job.num_kv_heads * job.max_parts
         while True:
@@ -154,176 +143,159 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
             i_part = item % job.max_parts
             i_head = item // job.max_parts % job.num_kv_heads
             i_tile = item // (job.max_parts * job.num_kv_heads)
-            row, count, request = tiles[i_tile, 0], tiles[i_tile, 1], tiles[i_tile, 2]
-            position = tiles[i_tile, 3]
+            tile = job.tiles + 32 * i_tile
+            row, count = at(I64, tile, 0), at(I64, tile, 1)
+            request, position = at(I64, tile, 2), at(I64, tile, 3)
             last = position + count - 1
-            i_kind = head_kinds[i_head]
-            num_sink_tokens, window_size = kinds[i_kind, SINKS], kinds[i_kind, WINDOW]
+            i_kind = at(I64, job.head_kinds, i_head)
+            kind = job.kinds + 32 * i_kind
+            num_sink_tokens, window_size = at(I64, kind, SINKS), at(I64, kind, WINDOW)
             low = max(0, position - window_size + 1)
             first_block = low // block_size
             num_parts = (last // block_size - first_block) // job.part_blocks + 1
             if i_part >= num_parts:
                 continue
-            blocks = array(
-                kinds[i_kind, TABLE] + 4 * request * kinds[i_kind, STRIDE],
-                kinds[i_kind, STRIDE],
-                np.int32,
-            )
+            blocks = at(I64, kind, TABLE) + 4 * request * at(I64, kind, STRIDE)
             num_rows = count * group
             at_head = i_head * group
             for t in range(count):
-                own = array(
-                    job.q + q_size * ((row + t) * job.q_stride + at_head * head_size),
-                    (group, head_size),
-                    q_storage,
-                )
-                for g in range(group):
-                    _copy(own[g], query[t * group + g], bits[t * group + g])
-            tops[:num_rows] = -np.inf
-            totals[:num_rows] = 0.0
-            sums[:num_rows] = 0.0
+                own = q_size * ((row + t) * job.q_stride + at_head * head_size)
+                to = t * group * head_size
+                for d in range(group * head_size):
+                    x = at(q_storage, job.q + own, d)
+                    put(F32, query, to + d, x)
+                    if is_dot:
+                        put(q_storage, bits, to + d, x)
+            for m in range(num_rows):
+                put(F32, tops, m, np.float32(-np.inf))
+                put(F32, totals, m, np.float32(0.0))
+            for d in range(num_rows * head_size):
+                put(F32, sums, d, np.float32(0.0))
             options = (
                 count,
                 group,
                 np.float32(job.scale),
                 np.float32(job.soft_cap),
             )
-            cache = (caches[i_head], job.block_bytes, block_size, head_size, blocks)
-            state = (scores, sums, tops, totals, peaks)
+            page = at(I64, job.caches, i_head)
+            cache = (page, job.block_bytes, block_size, head_size, blocks)
             num_sinks = min(num_sink_tokens, last - window_size + 1)
-            if i_part == 0 and num_sinks > 0:
-                cos, sin = turns[i_kind, COS], turns[i_kind, SIN]
+            if i_part > 0:
+                num_sinks = 0
+            if num_sinks > 0:
+                cos = at(I64, job.turns + 16 * i_kind, COS)
+                sin = at(I64, job.turns + 16 * i_kind, SIN)
                 for t in range(count):
                     half = job.half
                     if not cos or position + t < num_sink_tokens + window_size:
                         half = 0
-                    _turn(
-                        query[t * group : (t + 1) * group],
-                        array(cos + 4 * (row + t) * half, half, np.float32),
-                        array(sin + 4 * (row + t) * half, half, np.float32),
-                        job.is_neox != 0,
-                        turned[t * group : (t + 1) * group],
-                    )
-                for first in range(0, num_sinks, KEYS):
-                    end = min(first + KEYS, num_sinks)
-                    seen = (first, end, 0, 0, position - window_size + 1)
-                    span(
-                        dtype,
-                        dtype,
-                        pack,
-                        size,
-                        False,
-                        at_turned,
-                        4 * head_size,
-                        seen,
-                        options,
-                        cache,
-                        state,
-                    )
+                    at_angles = 4 * (row + t) * half
+                    for g in range(t * group, (t + 1) * group):
+                        _turn(
+                            query + 4 * g * head_size,
+                            head_size,
+                            cos + at_angles,
+                            sin + at_angles,
+                            half,
+                            job.is_neox != 0,
+                            turned + 4 * g * head_size,
+                        )
             begin = max(low, (first_block + i_part * job.part_blocks) * block_size)
             end = min(
                 last + 1, (first_block + (i_part + 1) * job.part_blocks) * block_size
             )
-            first = begin // LANES * LANES
             # All queries see [inner, outer): taken by itself, at full speed.
-            inner, outer = first, end
+            inner, outer = begin // LANES * LANES, end
             if num_rows > ROWS:
-                inner = max(first, (last - window_size + LANES) // LANES * LANES)
+                inner = max(inner, (last - window_size + LANES) // LANES * LANES)
                 outer = max(inner, (position + 1) // LANES * LANES)
-            while first < end:
-                stop = min(first + KEYS, end)
-                if first < inner:
-                    stop = min(stop, inner)
-                elif first < outer:
-                    stop = min(stop, outer)
-                seen = (first, stop, position - window_size + 1, 1, position + 1)
-                first = stop
+            # First the sinks, then the window.
+            is_window, first = num_sinks <= 0, 0
+            if is_window:
+                first = begin // LANES * LANES
+            while not is_window or first < end:
+                if is_window:
+                    stop = min(first + KEYS, end)
+                    if first < inner:
+                        stop = min(stop, inner)
+                    elif first < outer:
+                        stop = min(stop, outer)
+                    seen = (first, stop, position - window_size + 1, 1, position + 1)
+                    at_query, lda = query, 4 * head_size
+                    if is_dot:
+                        at_query, lda = bits, 2 * head_size
+                else:
+                    stop = min(first + KEYS, num_sinks)
+                    seen = (first, stop, 0, 0, position - window_size + 1)
+                    at_query, lda = turned, 4 * head_size
                 span(
                     dtype,
                     q_storage,
                     pack,
                     size,
-                    True,
-                    at_bits if is_dot else at_query,
-                    (2 if is_dot else 4) * head_size,
+                    is_window,
+                    at_query,
+                    lda,
                     seen,
                     options,
                     cache,
                     state,
                 )
+                first = stop
+                if not is_window and first >= num_sinks:
+                    is_window, first = True, begin // LANES * LANES
             if num_parts > 1:
                 parts = (i_tile * job.num_kv_heads + i_head) * job.max_parts
                 at_parts = job.partial + 4 * parts * part_floats
-                own = array(
-                    at_parts + 4 * i_part * part_floats,
-                    (all_rows, head_size + 2),
-                    np.float32,
-                )
-                for r in range(num_rows):
-                    own[r, :head_size] = sums[r]
-                    own[r, head_size] = tops[r]
-                    own[r, head_size + 1] = totals[r]
+                own = at_parts + 4 * i_part * part_floats
+                for m in range(num_rows):
+                    to = m * (head_size + 2)
+                    for d in range(head_size):
+                        put(F32, own, to + d, at(F32, sums, m * head_size + d))
+                    put(F32, own, to + head_size, at(F32, tops, m))
+                    put(F32, own, to + head_size + 1, at(F32, totals, m))
                 done = job.num_done + 8 * (i_tile * job.num_kv_heads + i_head)
                 if take(done, 1) < num_parts - 1:
                     continue
                 take(done, -num_parts)
                 merge(
-                    array(at_parts, (num_parts, all_rows, head_size + 2), np.float32),
-                    sums[:num_rows],
+                    at_parts,
+                    num_parts,
+                    part_floats,
+                    num_rows,
+                    head_size,
+                    sums,
                     tops,
                     totals,
                 )
             if job.sink_logits:
-                logits = array(job.sink_logits + 4 * at_head, group, np.float32)
-                add_logits(logits, sums[:num_rows], tops, totals)
+                logits = job.sink_logits + 4 * at_head
+                add_logits(logits, group, num_rows, head_size, sums, tops, totals)
             for t in range(count):
-                to = array(
-                    job.out
-                    + q_size * ((row + t) * job.out_stride + at_head * head_size),
-                    (group, head_size),
-                    q_storage,
-                )
+                to = q_size * ((row + t) * job.out_stride + at_head * head_size)
                 for g in range(group):
                     m = t * group + g
-                    inverse = np.float32(1.0) / totals[m]
+                    inverse = np.float32(1.0) / at(F32, totals, m)
                     for d in range(head_size):
-                        put(to[g], d, sums[m, d] * inverse)
+                        x = at(F32, sums, m * head_size + d) * inverse
+                        put(q_storage, job.out + to, g * head_size + d, x)
 
     return attend
 
 
-@numba.njit(**OPTIONS)
-def _copy(own, query, bits):
-    """A query [D] as float32 and, for pairs of bfloat16, as it is."""
-    for d in range(own.shape[0]):
-        query[d] = at(own, d)
-    _copy_bits(own, bits)
+@numba.njit(inline="always", **OPTIONS)
+def _turn(query, head_size, cos, sin, half, is_neox, result):
+    """A head [D] turned by angles [rotary_dim/2]; all are addresses.
 
-
-def _copy_bits(own, bits):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_copy_bits)
-def _copy_bits_of(own, bits):
-    if own.dtype != types.uint16:
-        return lambda own, bits: None
-
-    def copy(own, bits):
-        for d in range(own.shape[0]):
-            bits[d] = own[d]
-
-    return copy
-
-
-@numba.njit(**OPTIONS)
-def _turn(query, cos, sin, is_neox, result):
-    """Heads [G, D] turned by angles [rotary_dim/2]; none leaves them as they are."""
-    half = cos.shape[0]
-    result[:] = query
+    Args:
+        half: rotary_dim/2; 0 leaves the head as it is.
+    """
+    for d in range(head_size):
+        put(F32, result, d, at(F32, query, d))
     for i in range(half):
         a = i if is_neox else 2 * i
         b = i + half if is_neox else 2 * i + 1
-        for g in range(query.shape[0]):
-            result[g, a] = query[g, a] * cos[i] - query[g, b] * sin[i]
-            result[g, b] = query[g, b] * cos[i] + query[g, a] * sin[i]
+        x, y = at(F32, query, a), at(F32, query, b)
+        c, s = at(F32, cos, i), at(F32, sin, i)
+        put(F32, result, a, x * c - y * s)
+        put(F32, result, b, y * c + x * s)

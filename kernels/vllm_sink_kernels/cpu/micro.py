@@ -18,17 +18,14 @@ Shape letters: M rows, K summed, V vectors of columns, D head size, N block size
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from vllm_sink_kernels.cpu.native import EXP2, OPTIONS
 
 
 def _cpu_features() -> frozenset[str]:
@@ -203,77 +200,157 @@ def _emit(builder: Any, kind: str, adds: bool, rows: int, vectors: int, argument
         builder.store(final, pointer, align=4)
 
 
-@functools.cache
-def _product(kind: str, adds: bool, vectors: int, max_rows: int):
-    """Compiled (a, lda, b, ldb, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
+def _function(module: Any, name: str, num_arguments: int) -> tuple[Any, bool]:
+    """A module's own function of so many int64, and whether it has no body yet.
 
-    @intrinsic
-    def emit(typing_context, a, lda, b, ldb, c, ldc, k, rows):
-        def codegen(context, builder, signature, arguments):
-            *numbers, count = arguments
-            end = builder.append_basic_block("end")
-            blocks = [builder.append_basic_block() for _ in range(max_rows)]
-            switch = builder.switch(count, end)
-            for m, block in enumerate(blocks, 1):
-                switch.add_case(_I64(m), block)
-                builder.position_at_end(block)
-                _emit(builder, kind, adds, m, vectors, numbers)
-                builder.branch(end)
-            builder.position_at_end(end)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), codegen
-
-    @numba.njit(inline="never", **OPTIONS)
-    def product(a, lda, b, ldb, c, ldc, k, rows):
-        emit(a, lda, b, ldb, c, ldc, k, rows)
-
-    return product
-
-
-@functools.cache
-def matmul(kind: str, adds: bool):
-    """Compiled C (+)= A B over addresses.
-
-    Args of the result, all int64, addresses and strides in bytes:
-        a, lda: [M, K] float32 rows; for kind "dot" [M, K] pairs of bfloat16, for
-            "pairs" [M, 2K] float32.
-        b, ldb: [K, columns] of the kind: "float32", "float16", "bfloat16", or
-            "pairs" and "dot", pairs of bfloat16 that belong to two rows of A.
-        c, ldc: [M, columns] float32.
-        k: K. rows: M. columns: V, vectors of :data:`LANES`.
-
-    Args:
-        adds: Whether C's numbers are added to.
+    A function that Numba compiles is a library, which is optimized and turned into
+    machine code by itself and again in everything that calls it.
     """
+    known = module.globals.get(name)
+    if known is not None:
+        return known, False
+    signature = ir.FunctionType(ir.VoidType(), [_I64] * num_arguments)
+    function = ir.Function(module, signature, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function, True
+
+
+def _product(module: Any, kind: str, adds: bool, vectors: int, max_rows: int) -> Any:
+    """(a, lda, b, ldb, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
+    name = f"sink_product_{kind}_{int(adds)}_{vectors}"
+    function, is_new = _function(module, name, 8)
+    if is_new:
+        *numbers, count = function.args
+        builder = ir.IRBuilder(function.append_basic_block())
+        end = builder.append_basic_block("end")
+        blocks = [builder.append_basic_block() for _ in range(max_rows)]
+        switch = builder.switch(count, end)
+        for m, block in enumerate(blocks, 1):
+            switch.add_case(_I64(m), block)
+            builder.position_at_end(block)
+            _emit(builder, kind, adds, m, vectors, numbers)
+            builder.branch(end)
+        builder.position_at_end(end)
+        builder.ret_void()
+    return function
+
+
+def _matmul(module: Any, kind: str, adds: bool) -> Any:
+    """(a, lda, b, ldb, c, ldc, k, rows, columns): C (+)= A B, see :func:`matmul`."""
+    function, is_new = _function(module, f"sink_matmul_{kind}_{int(adds)}", 9)
+    if not is_new:
+        return function
     size = _SIZES[kind]
     (wide, wide_rows), (n0, _), (n1, _), (n2, _) = TILES
-    widest, p0, p1, p2 = (_product(kind, adds, n, most) for n, most in TILES)
+    widest, p0, p1, p2 = (_product(module, kind, adds, n, most) for n, most in TILES)
+    a, lda, b, ldb, c, ldc, k, rows, columns = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    v = cgutils.alloca_once_value(builder, _I64(0))
 
-    @numba.njit(inline="never", **OPTIONS)
-    def multiply(a, lda, b, ldb, c, ldc, k, rows, columns):
-        groups = (rows + ROWS - 1) // ROWS
-        each = (rows + groups - 1) // groups
-        v = 0
-        while v < columns:
-            left = columns - v
-            at_b, at_c = b + v * LANES * size, c + v * LANES * 4
-            if left >= wide and rows <= wide_rows:
-                widest(a, lda, at_b, ldb, at_c, ldc, k, rows)
-                v += wide
-                continue
-            for m in range(0, rows, each):
-                n = min(each, rows - m)
-                at_a, to = a + m * lda, at_c + m * ldc
-                if left >= n0:
-                    p0(at_a, lda, at_b, ldb, to, ldc, k, n)
-                elif left >= n1:
-                    p1(at_a, lda, at_b, ldb, to, ldc, k, n)
-                else:
-                    p2(at_a, lda, at_b, ldb, to, ldc, k, n)
-            v += n0 if left >= n0 else (n1 if left >= n1 else n2)
+    def ceil_div(x: Any, y: Any) -> Any:
+        return builder.sdiv(builder.add(x, builder.sub(y, _I64(1))), y)
 
-    return multiply
+    each = ceil_div(rows, ceil_div(rows, _I64(ROWS)))
+    test, body, end = (builder.append_basic_block() for _ in range(3))
+    builder.branch(test)
+    builder.position_at_end(test)
+    done = builder.load(v)
+    left = builder.sub(columns, done)
+    builder.cbranch(builder.icmp_signed(">", left, _I64(0)), body, end)
+    builder.position_at_end(body)
+
+    def is_left(n: int) -> Any:
+        return builder.icmp_signed(">=", left, _I64(n))
+
+    def advance(n: Any) -> None:
+        builder.store(builder.add(done, n), v)
+
+    at_b = builder.add(b, builder.mul(done, _I64(LANES * size)))
+    at_c = builder.add(c, builder.mul(done, _I64(LANES * 4)))
+    few = builder.icmp_signed("<=", rows, _I64(wide_rows))
+    with builder.if_else(builder.and_(is_left(wide), few)) as (then, otherwise):
+        with then:
+            builder.call(widest, [a, lda, at_b, ldb, at_c, ldc, k, rows])
+            advance(_I64(wide))
+        with otherwise:
+            with cgutils.for_range_slice(builder, _I64(0), rows, each, _I64) as (m, _):
+                after = builder.sub(rows, m)
+                n = builder.select(builder.icmp_signed("<", each, after), each, after)
+                at_a = builder.add(a, builder.mul(m, lda))
+                to = builder.add(at_c, builder.mul(m, ldc))
+                numbers = [at_a, lda, at_b, ldb, to, ldc, k, n]
+                with builder.if_else(is_left(n0)) as (most, fewer):
+                    with most:
+                        builder.call(p0, numbers)
+                    with fewer, builder.if_else(is_left(n1)) as (some, least):
+                        with some:
+                            builder.call(p1, numbers)
+                        with least:
+                            builder.call(p2, numbers)
+            step = builder.select(is_left(n1), _I64(n1), _I64(n2))
+            advance(builder.select(is_left(n0), _I64(n0), step))
+    builder.branch(test)
+    builder.position_at_end(end)
+    builder.ret_void()
+    return function
+
+
+_PLAIN = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
+
+
+def _keys_kind(dtype: Any, q_dtype: Any = None) -> str:
+    kind = _PLAIN[dtype.dtype]
+    if kind != "bfloat16":
+        return kind
+    is_dot = HAS_DOT and q_dtype is not None and q_dtype.dtype == types.uint16
+    return "dot" if is_dot else "pairs"
+
+
+# C (+)= A B over addresses. Arguments, all but the dtypes int64, addresses and strides
+# in bytes:
+#   a, lda: [M, K] float32 rows; for kind "dot" [M, K] pairs of bfloat16, for "pairs"
+#       [M, 2K] float32.
+#   b, ldb: [K, columns] of the kind: "float32", "float16", "bfloat16", or "pairs" and
+#       "dot", pairs of bfloat16 that belong to two rows of A.
+#   c, ldc: [M, columns] float32.
+#   k: K. rows: M. columns: vectors of LANES.
+
+
+@intrinsic
+def keys_product(typing_context, dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C = Q K^T, keys of ``dtype``, the queries in the dtype ``q_dtype``."""
+
+    def codegen(context, builder, signature, arguments):
+        function = _matmul(builder.module, _keys_kind(dtype, q_dtype), False)
+        builder.call(function, arguments[2:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, q_dtype, *[types.int64] * 9), codegen
+
+
+@intrinsic
+def turned_product(typing_context, dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C = Q K^T, keys of ``dtype``, the queries in float32."""
+
+    def codegen(context, builder, signature, arguments):
+        function = _matmul(builder.module, _keys_kind(dtype), False)
+        builder.call(function, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.int64] * 9), codegen
+
+
+@intrinsic
+def values_product(typing_context, dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+    """C += P V, values of ``dtype``."""
+
+    def codegen(context, builder, signature, arguments):
+        function = _matmul(builder.module, _PLAIN[dtype.dtype], True)
+        builder.call(function, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.int64] * 9), codegen
 
 
 @intrinsic
@@ -296,38 +373,65 @@ def largest(typing_context, address, count):
     return types.float32(types.int64, types.int64), codegen
 
 
+# 2**r = 1 + r (c[0] + c[1] r + ...) for r in [-1/2, 1/2]: of this degree the
+# smallest largest relative error, 9.2e-8.
+EXP2 = (0.69314700365, 0.24022242427, 0.05550733581, 0.00967151299, 0.00132647273)
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    """2**x for x <= 0 in float32, a number or a vector; 2 ulp, nothing below 2**-126."""
+    is_vector = isinstance(x.type, ir.VectorType)
+    integers = _vec(_I32) if is_vector else _I32
+    suffix = f"v{LANES}f32" if is_vector else "f32"
+
+    def constant(number: float) -> Any:
+        value = float(np.float32(number))
+        return ir.Constant(x.type, [value] * LANES if is_vector else value)
+
+    # Not maxnum: a NaN must stay one.
+    low = builder.fcmp_ordered("<", x, constant(-126.0))
+    x = builder.select(low, constant(-126.0), x)
+    n = _call(builder, f"llvm.rint.{suffix}", x.type, [x])
+    r = builder.fsub(x, n)
+    p = constant(EXP2[-1])
+    for term in (*EXP2[-2::-1], 1.0):
+        p = _call(builder, f"llvm.fmuladd.{suffix}", x.type, [p, r, constant(term)])
+    # p is within [1/2, 2]: n more in its exponent.
+    places = ir.Constant(integers, [23] * LANES if is_vector else 23)
+    n = builder.shl(builder.fptosi(n, integers), places)
+    bits = builder.add(builder.bitcast(p, integers), n)
+    return builder.bitcast(bits, x.type)
+
+
+@intrinsic
+def exp2(typing_context, x):
+    """2**x for x <= 0."""
+
+    def codegen(context, builder, signature, arguments):
+        return _exp2(builder, arguments[0])
+
+    return types.float32(types.float32), codegen
+
+
 @intrinsic
 def exp2_sum(typing_context, address, count, scale, top):
     """x = 2**(scale x - top) for ``count`` vectors of float32; their sum.
 
-    As :func:`native.exp2`: 2 ulp, nothing below 2**-126. The products of the
-    polynomial and everything else go to different units of most CPUs.
+    The products of the polynomial and everything else go to different units of most
+    CPUs.
     """
 
     def codegen(context, builder, signature, arguments):
         address, count, scale, top = arguments
 
-        def constant(x: float) -> Any:
-            return ir.Constant(_vec(_F32), [float(np.float32(x))] * LANES)
-
         scale, top = _splat(builder, scale), builder.fneg(_splat(builder, top))
-        total = cgutils.alloca_once_value(builder, constant(0.0))
+        zero = ir.Constant(_vec(_F32), [0.0] * LANES)
+        total = cgutils.alloca_once_value(builder, zero)
         with cgutils.for_range(builder, count, intp=_I64) as loop:
             place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
             x = _load(builder, place, _vec(_F32), 4)
             x = _multiply_add(builder, x, scale, top)
-            # Not maxnum: a NaN must stay one.
-            low = builder.fcmp_ordered("<", x, constant(-126.0))
-            x = builder.select(low, constant(-126.0), x)
-            n = _call(builder, f"llvm.rint.v{LANES}f32", x.type, [x])
-            r = builder.fsub(x, n)
-            p = constant(EXP2[-1])
-            for term in (*EXP2[-2::-1], 1.0):
-                p = _multiply_add(builder, p, r, constant(term))
-            # p is within [1/2, 2]: n more in its exponent.
-            n = builder.shl(builder.fptosi(n, _vec(_I32)), _splat(builder, _I32(23)))
-            bits = builder.add(builder.bitcast(p, _vec(_I32)), n)
-            x = builder.bitcast(bits, x.type)
+            x = _exp2(builder, x)
             builder.store(x, builder.inttoptr(place, x.type.as_pointer()), align=4)
             builder.store(builder.fadd(builder.load(total), x), total)
         name = f"llvm.vector.reduce.fadd.v{LANES}f32"

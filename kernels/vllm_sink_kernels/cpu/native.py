@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from vllm_sink_kernels.cpu.disk_cache import has_room
 
@@ -138,107 +138,63 @@ def array(address, shape, dtype):
     return numba.carray(_void_pointer(address), shape, dtype)
 
 
-@intrinsic
-def _float_of(typing_context, bits):
-    """The float32 whose bits the int32 holds."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), codegen
+def _element(builder: Any, address: Any, index: Any, element: ir.Type) -> Any:
+    """The pointer to element ``index`` of an array, in a form that LLVM vectorizes."""
+    pointer = builder.inttoptr(address, element.as_pointer())
+    return builder.gep(pointer, [index])
 
 
-@intrinsic
-def _float_of_half(typing_context, bits):
-    """The IEEE half whose bits the int16 holds, as float32."""
-
-    def codegen(context, builder, signature, arguments):
-        half = builder.bitcast(arguments[0], ir.HalfType())
-        return builder.fpext(half, context.get_value_type(types.float32))
-
-    return types.float32(types.int16), codegen
-
-
-def at(row, d):
-    """``row[d]`` as float32, from any storage type."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(at, inline="always")
-def _at_of(row, d):
-    if row.dtype == types.uint16:  # bfloat16: the upper half of a float32
-        return lambda row, d: _float_of(np.int32(row[d]) << np.int32(16))
-    if row.dtype == types.int16:
-        return lambda row, d: _float_of_half(row[d])
-    return lambda row, d: row[d]
-
-
-# 2**r = 1 + r (c[0] + c[1] r + ...) for r in [-1/2, 1/2]: of this degree the
-# smallest largest relative error, 9.2e-8.
-EXP2 = (0.69314700365, 0.24022242427, 0.05550733581, 0.00967151299, 0.00132647273)
-
-
-@numba.njit(inline="always", **OPTIONS)
-def exp2(x):
-    """2**x for x <= 0 in float32, 2 ulp, nothing below 2**-126."""
-    x = max(x, np.float32(-126.0))
-    n = np.rint(x)
-    r = x - n
-    p = np.float32(EXP2[4])
-    p = p * r + np.float32(EXP2[3])
-    p = p * r + np.float32(EXP2[2])
-    p = p * r + np.float32(EXP2[1])
-    p = p * r + np.float32(EXP2[0])
-    p = p * r + np.float32(1.0)
-    return p * _float_of((np.int32(n) + np.int32(127)) << np.int32(23))
+# What a number of storage is in memory; int32 and int64 stay what they are.
+_STORED: dict[types.Type, ir.Type] = {
+    types.float32: ir.FloatType(),
+    types.uint16: ir.IntType(16),
+    types.int16: ir.HalfType(),
+    types.int32: ir.IntType(32),
+    types.int64: ir.IntType(64),
+}
 
 
 @intrinsic
-def _bits_of(typing_context, x):
-    """The int32 whose bits the float32 has."""
+def at(typing_context, dtype, address, index):
+    """Number ``index`` of the array at an address, float32 from any storage type."""
+    kind = dtype.dtype
+    result = kind if kind in (types.int32, types.int64) else types.float32
 
     def codegen(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
+        stored = _STORED[kind]
+        place = _element(builder, arguments[1], arguments[2], stored)
+        value = builder.load(place)
+        if kind == types.uint16:  # bfloat16: the upper half of a float32
+            bits = builder.zext(value, ir.IntType(32))
+            bits = builder.shl(bits, ir.IntType(32)(16))
+            return builder.bitcast(bits, ir.FloatType())
+        if kind == types.int16:
+            return builder.fpext(value, ir.FloatType())
+        return value
 
-    return types.int32(types.float32), codegen
+    return result(dtype, types.int64, types.int64), codegen
 
 
 @intrinsic
-def _half_of(typing_context, x):
-    """The bits of the nearest IEEE half."""
+def put(typing_context, dtype, address, index, x):
+    """Set number ``index`` to the float32, rounded to nearest even in storage."""
+    kind = dtype.dtype
 
     def codegen(context, builder, signature, arguments):
-        half = builder.fptrunc(arguments[0], ir.HalfType())
-        return builder.bitcast(half, ir.IntType(16))
-
-    return types.int16(types.float32), codegen
-
-
-def put(row, d, x):
-    """``row[d] = x``, a float32, rounded to nearest even in any storage type."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(put, inline="always")
-def _put_of(row, d, x):
-    if row.dtype == types.uint16:
-
-        def put_bfloat16(row, d, x):
-            bits = _bits_of(x)
-            odd = (bits >> np.int32(16)) & np.int32(1)
-            rounded = (bits + np.int32(0x7FFF) + odd) >> np.int32(16)
+        _, address, index, value = arguments
+        i32 = ir.IntType(32)
+        if kind == types.uint16:
+            number = value
+            bits = builder.bitcast(number, i32)
+            odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+            up = builder.add(builder.add(bits, i32(0x7FFF)), odd)
             # A NaN's rounding could carry into the sign.
-            row[d] = np.uint16(rounded if x == x else np.int32(0x7FC0))
+            is_number = builder.fcmp_ordered("ord", number, number)
+            rounded = builder.select(is_number, builder.lshr(up, i32(16)), i32(0x7FC0))
+            value = builder.trunc(rounded, ir.IntType(16))
+        elif kind == types.int16:
+            value = builder.fptrunc(value, ir.HalfType())
+        builder.store(value, _element(builder, address, index, _STORED[kind]))
+        return context.get_dummy_value()
 
-        return put_bfloat16
-    if row.dtype == types.int16:
-
-        def put_float16(row, d, x):
-            row[d] = _half_of(x)
-
-        return put_float16
-
-    def put_float32(row, d, x):
-        row[d] = x
-
-    return put_float32
+    return types.void(dtype, types.int64, types.int64, types.float32), codegen

@@ -1,5 +1,8 @@
 """A span of keys and a tile of queries: products, softmax, sums; merging parts.
 
+Written over addresses and inlined into the one loop that uses it: arrays and
+functions of their own take Numba and LLVM several times as long to compile.
+
 Shape letters: D head size, N block size, G query heads of a KV head, M rows of a
 tile (its queries times G), P parts.
 """
@@ -10,13 +13,20 @@ import math
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from vllm_sink_kernels.cpu import micro
-from vllm_sink_kernels.cpu.micro import LANES, ROWS, exp2_sum, largest
-from vllm_sink_kernels.cpu.native import OPTIONS, array, at, exp2
+from vllm_sink_kernels.cpu.micro import (
+    LANES,
+    ROWS,
+    exp2,
+    exp2_sum,
+    keys_product,
+    largest,
+    turned_product,
+    values_product,
+)
+from vllm_sink_kernels.cpu.native import OPTIONS, at, put
 
+F32 = np.float32
 # Logarithms to base 2 all along: a power of two is the cheapest exponential.
 LOG2_E = np.float32(math.log2(math.e))
 # Keys of a softmax.
@@ -27,57 +37,7 @@ PITCH = KEYS + LANES
 VALUES = 64
 
 
-def _keys_product(dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    """C = Q K^T, the queries in the dtype ``q_dtype``."""
-    raise NotImplementedError("compiled code only")
-
-
-def _turned_product(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    """C = Q K^T, the queries in float32."""
-    raise NotImplementedError("compiled code only")
-
-
-def _values_product(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    """C += P V."""
-    raise NotImplementedError("compiled code only")
-
-
-_PLAIN = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
-
-
-def _keys_kind(dtype, q_dtype=None) -> str:
-    kind = _PLAIN[dtype.dtype]
-    if kind != "bfloat16":
-        return kind
-    is_dot = micro.HAS_DOT and q_dtype is not None and q_dtype.dtype == types.uint16
-    return "dot" if is_dot else "pairs"
-
-
-@overload(_keys_product)
-def _keys_product_of(dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    run = micro.matmul(_keys_kind(dtype, q_dtype), False)
-    return lambda dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
-        a, lda, b, ldb, c, ldc, k, rows, columns
-    )
-
-
-@overload(_turned_product)
-def _turned_product_of(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    run = micro.matmul(_keys_kind(dtype), False)
-    return lambda dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
-        a, lda, b, ldb, c, ldc, k, rows, columns
-    )
-
-
-@overload(_values_product)
-def _values_product_of(dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
-    run = micro.matmul(_PLAIN[dtype.dtype], True)
-    return lambda dtype, a, lda, b, ldb, c, ldc, k, rows, columns: run(
-        a, lda, b, ldb, c, ldc, k, rows, columns
-    )
-
-
-@numba.njit(inline="never", **OPTIONS)
+@numba.njit(inline="always", **OPTIONS)
 def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, state):
     """Keys [first, end) added to a tile's softmax and sums.
 
@@ -89,18 +49,17 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
         seen: first, end, low, slope, high: query t of the tile sees the keys
             [low + slope t, high + t) of these; first is a multiple of LANES.
         options: The tile's queries, G, scale, soft_cap.
-        cache: Address of block 0's page, bytes of a block, N, D and the blocks.
-        state: scores [M, PITCH], sums [M, D], tops [M] (to base 2), totals [M],
-            changed; room for M floats.
+        cache: Address of block 0's page, bytes of a block, N, D and the address of
+            the blocks.
+        state: Addresses of scores [M, PITCH], sums [M, D], tops [M] (to base 2),
+            totals [M], changed, and of room for M floats.
     """
     first, end, low, slope, high = seen
     count, group, _scale, _soft_cap = options
-    address, block_bytes, block_size, head_size, blocks = cache
-    scores, sums, _tops, _totals, _ = state
-    at_scores, at_sums = scores.ctypes.data, sums.ctypes.data
+    pages, block_bytes, block_size, head_size, blocks = cache
+    at_scores, at_sums, _tops, _totals, _peaks = state
     key_row = block_size * pack * size
     value_row = head_size * size
-    at_values = block_size * value_row
     columns = head_size // LANES
     step = count
     if low + slope * (count - 1) > first or high < end:
@@ -116,37 +75,19 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
         while k < stop:
             offset = k % block_size
             n = min(block_size - offset, stop - k)
-            page = address + blocks[k // block_size] * block_bytes
+            page = pages + at(np.int32, blocks, k // block_size) * block_bytes
             at_keys = page + offset * pack * size
             to = at_rows + 4 * (k - first)
             vectors = (n + LANES - 1) // LANES
             at_q, steps = q + m0 * lda, head_size // pack
+            ldb, ldc = key_row, 4 * PITCH
             if is_window:
-                _keys_product(
-                    dtype,
-                    q_dtype,
-                    at_q,
-                    lda,
-                    at_keys,
-                    key_row,
-                    to,
-                    4 * PITCH,
-                    steps,
-                    rows,
-                    vectors,
+                keys_product(
+                    dtype, q_dtype, at_q, lda, at_keys, ldb, to, ldc, steps, rows, vectors
                 )
             else:
-                _turned_product(
-                    dtype,
-                    at_q,
-                    lda,
-                    at_keys,
-                    key_row,
-                    to,
-                    4 * PITCH,
-                    steps,
-                    rows,
-                    vectors,
+                turned_product(
+                    dtype, at_q, lda, at_keys, ldb, to, ldc, steps, rows, vectors
                 )
             k += n
         part = (first, start, stop, low, slope, high)
@@ -155,27 +96,22 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
         while k < stop:
             offset = k % block_size
             n = min(block_size - offset, stop - k, VALUES)
-            page = address + blocks[k // block_size] * block_bytes
-            at_value = page + at_values + offset * value_row
-            _values_product(
-                dtype,
-                at_rows + 4 * (k - first),
-                4 * PITCH,
-                at_value,
-                value_row,
-                at_sums + 4 * m0 * head_size,
-                4 * head_size,
-                n,
-                rows,
-                columns,
+            page = pages + at(np.int32, blocks, k // block_size) * block_bytes
+            at_value = page + (block_size + offset) * value_row
+            weights = at_rows + 4 * (k - first)
+            sums = at_sums + 4 * m0 * head_size
+            ldc = 4 * head_size
+            values_product(
+                dtype, weights, 4 * PITCH, at_value, value_row, sums, ldc, n, rows, columns
             )
             if columns * LANES < head_size:
-                v = array(at_value, (n, head_size), dtype)
-                for m in range(m0, m0 + rows):
+                for m in range(rows):
                     for i in range(n):
-                        weight = scores[m, k - first + i]
+                        weight = at(F32, weights, m * PITCH + i)
                         for d in range(columns * LANES, head_size):
-                            sums[m, d] += weight * at(v[i], d)
+                            x = at(F32, sums, m * head_size + d)
+                            x += weight * at(dtype, at_value, i * head_size + d)
+                            put(F32, sums, m * head_size + d, x)
             k += n
 
 
@@ -188,7 +124,7 @@ def _visible(t, part):
     return a, b
 
 
-@numba.njit(inline="never", **OPTIONS)
+@numba.njit(inline="always", **OPTIONS)
 def _softmax(m0, m1, part, options, head_size, state):
     """Rows' scores become weights; what was summed before is scaled down.
 
@@ -201,11 +137,10 @@ def _softmax(m0, m1, part, options, head_size, state):
             The others' weights become 0. The vector after the last may be written.
         options, state: As in :func:`span`.
     """
-    first, start, stop = part[:3]
-    _, group, scale, soft_cap = options
+    first, start, stop, _low, _slope, _high = part
+    _count, group, scale, soft_cap = options
     scores, sums, tops, totals, peaks = state
-    at_scores = scores.ctypes.data
-    inner = scale * LOG2_E
+    inner, twice = scale * LOG2_E, np.float32(0.0)
     if soft_cap > 0.0:
         twice = np.float32(-2.0) * inner / soft_cap
         inner = LOG2_E
@@ -213,67 +148,77 @@ def _softmax(m0, m1, part, options, head_size, state):
         a, b = _visible(m // group, part)
         if a == b:
             continue
-        row = scores[m]
+        row = scores + 4 * m * PITCH
         if soft_cap > 0.0:
             for i in range(a, b):  # tanh
-                x = row[i]
+                x = at(F32, row, i)
                 e = exp2(twice * abs(x))
                 y = soft_cap * (np.float32(1.0) - e) / (np.float32(1.0) + e)
-                row[i] = y if x >= np.float32(0.0) else -y
+                put(F32, row, i, y if x >= np.float32(0.0) else -y)
         count = (b - a + LANES - 1) // LANES
         for i in range(b, a + count * LANES):
-            row[i] = -np.inf
-        peaks[m] = inner * largest(at_scores + 4 * (m * PITCH + a), count)
+            put(F32, row, i, np.float32(-np.inf))
+        put(F32, peaks, m, inner * largest(row + 4 * a, count))
     for m in range(m0, m1):
         a, b = _visible(m // group, part)
-        row = scores[m]
+        row = scores + 4 * m * PITCH
         if a < b:
             count = (b - a + LANES - 1) // LANES
-            at_row = at_scores + 4 * (m * PITCH + a)
-            top = max(tops[m], peaks[m])
-            total = exp2_sum(at_row, count, inner, top)
-            if totals[m] != np.float32(0.0):
-                old = exp2(tops[m] - top)
-                total += totals[m] * old
+            before, known = at(F32, tops, m), at(F32, totals, m)
+            top = max(before, at(F32, peaks, m))
+            total = exp2_sum(row + 4 * a, count, inner, top)
+            if known != np.float32(0.0):
+                old = exp2(before - top)
+                total += known * old
                 if old != np.float32(1.0):
-                    for d in range(head_size):
-                        sums[m, d] *= old
-            tops[m], totals[m] = top, total
+                    for d in range(m * head_size, (m + 1) * head_size):
+                        put(F32, sums, d, at(F32, sums, d) * old)
+            put(F32, tops, m, top)
+            put(F32, totals, m, total)
         for i in range(start - first, a):
-            row[i] = 0.0
+            put(F32, row, i, np.float32(0.0))
         for i in range(b, stop - first):
-            row[i] = 0.0
+            put(F32, row, i, np.float32(0.0))
 
 
-@numba.njit(**OPTIONS)
-def merge(partial, sums, tops, totals):
-    """Parts [P, M, D + 2] -> sums [M, D], tops, totals [M]."""
-    num_rows, head_size = sums.shape
+@numba.njit(inline="always", **OPTIONS)
+def merge(partial, num_parts, part_floats, num_rows, head_size, sums, tops, totals):
+    """Parts [P, M, D + 2] -> sums [M, D], tops, totals [M]; all are addresses.
+
+    Args:
+        part_floats: From a part to the next.
+        num_rows: Rows that are used.
+    """
     for m in range(num_rows):
         top, total = np.float32(-np.inf), np.float32(0.0)
-        sums[m] = 0.0
-        for i_part in range(partial.shape[0]):
-            part = partial[i_part, m]
-            part_top, part_total = part[head_size], part[head_size + 1]
-            if part_total == 0.0:
+        row = sums + 4 * m * head_size
+        for d in range(head_size):
+            put(F32, row, d, np.float32(0.0))
+        for i_part in range(num_parts):
+            part = partial + 4 * (i_part * part_floats + m * (head_size + 2))
+            part_top = at(F32, part, head_size)
+            part_total = at(F32, part, head_size + 1)
+            if part_total == np.float32(0.0):
                 continue
             new_top = max(top, part_top)
             old = exp2(top - new_top)
             new = exp2(part_top - new_top)
             for d in range(head_size):
-                sums[m, d] = sums[m, d] * old + part[d] * new
+                put(F32, row, d, at(F32, row, d) * old + at(F32, part, d) * new)
             total = total * old + part_total * new
             top = new_top
-        tops[m], totals[m] = top, total
+        put(F32, tops, m, top)
+        put(F32, totals, m, total)
 
 
-@numba.njit(**OPTIONS)
-def add_logits(logits, sums, tops, totals):
-    """The learned logit of each head [G] in the denominators."""
-    for m in range(sums.shape[0]):
-        logit = LOG2_E * logits[m % logits.shape[0]]
-        top = max(tops[m], logit)
-        old = exp2(tops[m] - top)
-        for d in range(sums.shape[1]):
-            sums[m, d] *= old
-        totals[m] = totals[m] * old + exp2(logit - top)
+@numba.njit(inline="always", **OPTIONS)
+def add_logits(logits, group, num_rows, head_size, sums, tops, totals):
+    """The learned logit of each head [G] in the denominators; all are addresses."""
+    for m in range(num_rows):
+        logit = LOG2_E * at(F32, logits, m % group)
+        before = at(F32, tops, m)
+        top = max(before, logit)
+        old = exp2(before - top)
+        for d in range(m * head_size, (m + 1) * head_size):
+            put(F32, sums, d, at(F32, sums, d) * old)
+        put(F32, totals, m, at(F32, totals, m) * old + exp2(logit - top))
