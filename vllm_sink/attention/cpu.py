@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm_sink_kernels.cpu import attention, write
+from vllm_sink_kernels.cpu import attention, native, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
 from vllm_sink.rotation.head_counts import refuse_other_heads
 from vllm_sink.rotation.table import RotaryTable
+
+logger = init_logger("vllm.plugins.sink")
+
+
+@functools.cache
+def _compile_loops(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """The loops are compiled or found now; the log says which, and how long it took."""
+    folder = native.FOLDER
+    kept = (
+        f"kept in {folder}" if folder else "kept nowhere, the next start does it again"
+    )
+    loops = f"attention loops for {str(dtype).removeprefix('torch.')}"
+
+    def announce() -> None:
+        logger.info("Compiling the %s, once; they are %s.", loops, kept)
+
+    start = time.monotonic()
+    if attention.compile_for(cache_dtype, dtype, on_start=announce):
+        logger.info("Compiled the %s in %.1f s.", loops, time.monotonic() - start)
+    else:
+        logger.info(
+            "Found the %s in %s, %.1f s.", loops, folder, time.monotonic() - start
+        )
 
 
 @dataclass
@@ -63,7 +89,7 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        attention.compile_for(kv_cache_spec.dtype, model.dtype)
+        _compile_loops(kv_cache_spec.dtype, model.dtype)
         num_kv_heads = model.get_num_kv_heads(parallel)
         self.group_size = model.get_num_attention_heads(parallel) // num_kv_heads
 

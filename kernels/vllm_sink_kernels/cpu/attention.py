@@ -17,11 +17,13 @@ size, N block size, B blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numba.core import event
 
 from vllm_sink_kernels.cpu import flash, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
@@ -133,7 +135,38 @@ def attend(
             )
 
 
-def compile_for(cache_dtype: torch.dtype, q_dtype: torch.dtype | None = None) -> None:
-    """Compile the loops for a cache's and a model's dtype now; once a machine."""
-    flash.loop(cache_dtype, q_dtype or cache_dtype)
-    write.loop(cache_dtype)
+class _Start(event.Listener):
+    """Tells once that Numba compiles something."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+        self.has_told = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.has_told:
+            self.has_told = True
+            self.tell()
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def compile_for(
+    cache_dtype: torch.dtype,
+    q_dtype: torch.dtype | None = None,
+    *,
+    on_start: Callable[[], None] = lambda: None,
+) -> bool:
+    """Compile the loops for a cache's and a model's dtype now; once a machine.
+
+    Args:
+        on_start: Called before the first is compiled; not at all where they are found.
+
+    Returns:
+        Whether any was compiled.
+    """
+    start = _Start(on_start)
+    with event.install_listener("numba:run_pass", start):
+        flash.loop(cache_dtype, q_dtype or cache_dtype)
+        write.loop(cache_dtype)
+    return start.has_told

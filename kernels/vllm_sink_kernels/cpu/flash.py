@@ -116,7 +116,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
     pack = 2 if cache_dtype == torch.bfloat16 else 1
     version = native.VERSION
 
-    @numba.cfunc(_SIGNATURE, **OPTIONS)
+    @native.compiled(_SIGNATURE, cache_dtype, q_dtype)
     def attend(pointer):
         job = numba.carray(pointer, 1)[0]
         if version == 0:
@@ -159,10 +159,11 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
             num_rows = count * group
             at_head = i_head * group
             for t in range(count):
-                own = q_size * ((row + t) * job.q_stride + at_head * head_size)
+                # Read outside: a loop that reads the job is not vectorized.
+                own = job.q + q_size * ((row + t) * job.q_stride + at_head * head_size)
                 to = t * group * head_size
                 for d in range(group * head_size):
-                    x = at(q_storage, job.q + own, d)
+                    x = at(q_storage, own, d)
                     put(F32, query, to + d, x)
                     if is_dot:
                         put(q_storage, bits, to + d, x)
@@ -272,13 +273,14 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
                 logits = job.sink_logits + 4 * at_head
                 add_logits(logits, group, num_rows, head_size, sums, tops, totals)
             for t in range(count):
-                to = q_size * ((row + t) * job.out_stride + at_head * head_size)
+                to = job.out
+                to += q_size * ((row + t) * job.out_stride + at_head * head_size)
                 for g in range(group):
                     m = t * group + g
                     inverse = np.float32(1.0) / at(F32, totals, m)
                     for d in range(head_size):
                         x = at(F32, sums, m * head_size + d) * inverse
-                        put(q_storage, job.out + to, g * head_size + d, x)
+                        put(q_storage, to, g * head_size + d, x)
 
     return attend
 

@@ -20,24 +20,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, config, types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from vllm_sink_kernels.cpu import native
 
 
-def _cpu_features() -> frozenset[str]:
-    """What Numba compiles for; NUMBA_CPU_FEATURES restricts it."""
-    if config.CPU_FEATURES is not None:
-        text = config.CPU_FEATURES
-    else:
-        text = llvmlite.binding.get_host_cpu_features().flatten()
-    return frozenset(x[1:] for x in text.split(",") if x.startswith("+"))
-
-
-FEATURES = _cpu_features()
+FEATURES = frozenset(x[1:] for x in native.FEATURES.split(",") if x.startswith("+"))
 # Multiplies bfloat16 pairs into float32 sums.
 HAS_DOT = "avx512bf16" in FEATURES and "avx512f" in FEATURES
 # Floats of a vector, and (vectors, most rows) of the products, widest first:
@@ -318,7 +309,9 @@ def _keys_kind(dtype: Any, q_dtype: Any = None) -> str:
 
 
 @intrinsic
-def keys_product(typing_context, dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+def keys_product(
+    typing_context, dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns
+):
     """C = Q K^T, keys of ``dtype``, the queries in the dtype ``q_dtype``."""
 
     def codegen(context, builder, signature, arguments):
@@ -379,7 +372,7 @@ EXP2 = (0.69314700365, 0.24022242427, 0.05550733581, 0.00967151299, 0.0013264727
 
 
 def _exp2(builder: Any, x: Any) -> Any:
-    """2**x for x <= 0 in float32, a number or a vector; 2 ulp, nothing below 2**-126."""
+    """2**x for x <= 0, a float32 or a vector; 2 ulp, nothing below 2**-126."""
     is_vector = isinstance(x.type, ir.VectorType)
     integers = _vec(_I32) if is_vector else _I32
     suffix = f"v{LANES}f32" if is_vector else "f32"

@@ -23,21 +23,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from vllm_sink_kernels.cpu.disk_cache import has_room
+from vllm_sink_kernels.cpu.disk_cache import cache_folder, locked
 
+# Where compiled loops are kept; None: nowhere.
+FOLDER = cache_folder()
 # No "nnan"/"ninf": a NaN must stay one, and -inf is the empty maximum.
 OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     "error_model": "numpy",
-    "cache": has_room(),
 }
+
+
+def _cpu_features() -> str:
+    """What Numba compiles for; NUMBA_CPU_FEATURES restricts it."""
+    if config.CPU_FEATURES is not None:
+        return config.CPU_FEATURES
+    return llvmlite.binding.get_host_cpu_features().flatten()
+
+
+FEATURES = _cpu_features()
 # Numba's cache of a loop knows the loop's own file and what its closure holds, not
 # the functions that it calls: each loop's closure holds this digest of all files.
 VERSION = zlib.crc32(
@@ -65,6 +77,26 @@ def job_type(name: str, integers: str, floats: str) -> tuple[type, types.Type]:
     struct = type(name, (ctypes.Structure,), {"_fields_": fields})
     record = numba.from_dtype(np.dtype(struct))
     return struct, types.void(types.CPointer(record))
+
+
+def compiled(signature: Any, *dtypes: torch.dtype) -> Callable:
+    """Decorator: the loop over a job that Numba compiles, or finds in its cache.
+
+    Its name, and so its files in the cache, are those of the dtypes and the CPU alone.
+    Numba writes an index back as it read it before and numbers the data files by it:
+    of two processes that keep different loops under one name the second forgets the
+    first's, or gives its number to the other's code.
+    """
+    machine = f"{config.CPU_NAME or llvmlite.binding.get_host_cpu_name()} {FEATURES}"
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    suffix = "_".join([*kinds, f"{zlib.crc32(machine.encode()):08x}"])
+
+    def compile_loop(function: Callable) -> Any:
+        function.__qualname__ += f"_{suffix}"
+        with locked(FOLDER):
+            return numba.cfunc(signature, cache=FOLDER is not None, **OPTIONS)(function)
+
+    return compile_loop
 
 
 def run(loop: Any, job: ctypes.Structure, num_threads: int) -> None:

@@ -83,7 +83,17 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             ldb, ldc = key_row, 4 * PITCH
             if is_window:
                 keys_product(
-                    dtype, q_dtype, at_q, lda, at_keys, ldb, to, ldc, steps, rows, vectors
+                    dtype,
+                    q_dtype,
+                    at_q,
+                    lda,
+                    at_keys,
+                    ldb,
+                    to,
+                    ldc,
+                    steps,
+                    rows,
+                    vectors,
                 )
             else:
                 turned_product(
@@ -102,7 +112,16 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             sums = at_sums + 4 * m0 * head_size
             ldc = 4 * head_size
             values_product(
-                dtype, weights, 4 * PITCH, at_value, value_row, sums, ldc, n, rows, columns
+                dtype,
+                weights,
+                4 * PITCH,
+                at_value,
+                value_row,
+                sums,
+                ldc,
+                n,
+                rows,
+                columns,
             )
             if columns * LANES < head_size:
                 for m in range(rows):

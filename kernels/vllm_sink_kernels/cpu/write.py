@@ -14,7 +14,7 @@ import torch
 
 from vllm_sink_kernels.cpu import native
 from vllm_sink_kernels.cpu.heads import HeadCaches
-from vllm_sink_kernels.cpu.native import OPTIONS, array, take
+from vllm_sink_kernels.cpu.native import array, take
 from vllm_sink_kernels.cpu.rows import Slots
 
 # Tokens of an item of work.
@@ -69,7 +69,7 @@ def loop(kv_cache_dtype: torch.dtype):
     pack = 2 if kv_cache_dtype == torch.bfloat16 else 1
     version = native.VERSION
 
-    @numba.cfunc(_SIGNATURE, **OPTIONS)
+    @native.compiled(_SIGNATURE, kv_cache_dtype)
     def write(pointer):
         job = numba.carray(pointer, 1)[0]
         if version == 0:
