@@ -27,7 +27,6 @@ from numba.extending import intrinsic
 
 from vllm_sink_kernels.cpu import native
 
-
 FEATURES = frozenset(x[1:] for x in native.FEATURES.split(",") if x.startswith("+"))
 # Multiplies bfloat16 pairs into float32 sums.
 HAS_DOT = "avx512bf16" in FEATURES and "avx512f" in FEATURES
