@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from vllm_sink_kernels import reference
-from vllm_sink_kernels.cpu import attention, flash, write
+from vllm_sink_kernels.cpu import attention, flash, layouts, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
@@ -19,30 +19,30 @@ from vllm_sink.rotation.table import RotaryTable
 SIZE, DIM = 16, 32
 
 
-def make_batch(heads, kv_heads, lengths, policy, *, seed=0, dim=DIM):
+def make_batch(heads, kv_heads, lengths, policy, *, seed=0, dim=DIM, size=SIZE):
     """Permuted blocks; NaN wherever no query of the step may look."""
     torch.manual_seed(seed)
     sinks, window = policy
-    width = max(-(-seq_len // SIZE) for _, seq_len in lengths)
+    width = max(-(-seq_len // size) for _, seq_len in lengths)
     num_blocks = 1 + width * len(lengths)
     order = (torch.randperm(num_blocks - 1) + 1).tolist()
-    pages = torch.full((num_blocks, kv_heads, 2 * SIZE, dim), float("nan"))
+    pages = torch.full((num_blocks, kv_heads, 2 * size, dim), float("nan"))
     # Stale ids, out of range, wherever a row isn't filled in below.
     table = torch.full((len(lengths), width), num_blocks + 7, dtype=torch.int32)
     starts = [0]
     for row, (num_queries, seq_len) in enumerate(lengths):
         first = seq_len - num_queries
         starts.append(starts[-1] + num_queries)
-        for block in range(-(-seq_len // SIZE)):
+        for block in range(-(-seq_len // size)):
             seen = [
                 k
-                for k in range(block * SIZE, min((block + 1) * SIZE, seq_len))
+                for k in range(block * size, min((block + 1) * size, seq_len))
                 if k < sinks or k > first - window
             ]
             if seen:
                 table[row, block] = block_id = order.pop()
-                slots = torch.tensor(seen) % SIZE
-                for offset in (0, SIZE):
+                slots = torch.tensor(seen) % size
+                for offset in (0, size):
                     shape = (kv_heads, len(seen), dim)
                     pages[block_id, :, slots + offset] = torch.randn(shape)
     q = torch.randn(starts[-1], heads, dim)
@@ -196,6 +196,61 @@ def test_caches_of_any_dtype_and_head_size(dtype, dim, decode_queries):
     )
     rounding = torch.finfo(dtype).eps * want.abs() / 2
     assert ((out.float() - want).abs() <= rounding + 2e-5).all()
+
+
+@pytest.mark.parametrize(
+    "layout, dim",
+    [
+        *[(layouts.PLAIN, dim) for dim in (20, 64)],
+        *[(layouts.TILED, dim) for dim in (32, 96)],
+    ],
+)
+@pytest.mark.parametrize("policy", [(4, 60), (3, 33), (0, 1), (40, 400)])
+@pytest.mark.parametrize("decode_queries", [0, 1000])
+def test_pages_as_vllms_kernels_lay_them_out(layout, dim, policy, decode_queries):
+    """bfloat16 keys as they are, and in AMX's tiles; NaN beside what is seen."""
+    if not layouts.fits(layout, torch.bfloat16, 32, dim):
+        pytest.skip("tiles of 16 need vectors of 16")
+    lengths = [(1, 130), (1, 129), (3, 3), (40, 181), (37, 37), (4, 66)]
+    q, pages, table, starts, seq_lens = make_batch(
+        6, 2, lengths, policy, dim=dim, size=32
+    )
+    q, pages = q.bfloat16(), pages.bfloat16()
+    plan = attention.plan(
+        [Kind(table, *policy)],
+        starts,
+        seq_lens,
+        block_size=32,
+        decode_queries=decode_queries,
+    )
+    out = torch.full_like(q, float("nan"))
+    caches = HeadCaches.of_layer(stored(pages, layout), layout)
+    positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
+    rows = table_rows(dim)
+    turns = Turns((Rotation(rows, True).turn(positions, sum(policy)),), True)
+    attention.attend(q, caches, plan, out, scale=0.2, turns=turns)
+    want = reference.sink_attention(
+        q.float(),
+        pages[:, :, :32].transpose(1, 2).float(),
+        pages[:, :, 32:].transpose(1, 2).float(),
+        table,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(seq_lens, dtype=torch.int32),
+        num_sink_tokens=policy[0],
+        window_size=policy[1],
+        cos_sin_cache=rows,
+        is_neox=True,
+        scale=0.2,
+    )
+    rounding = torch.finfo(torch.bfloat16).eps * want.abs() / 2
+    assert ((out.float() - want).abs() <= rounding + 2e-5).all()
+
+
+@pytest.mark.parametrize("layout", [layouts.OWN, layouts.PLAIN, layouts.TILED])
+def test_the_layouts_formula_is_the_pages(layout):
+    pages = torch.randn(1, 1, 2 * 64, 32).bfloat16()
+    page = layouts.arrange(pages[0, 0, :64], pages[0, 0, 64:], layout)
+    assert torch.equal(page, stored(pages, layout)[0, 0])
 
 
 def test_any_number_of_threads_gives_the_same():

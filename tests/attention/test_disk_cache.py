@@ -89,7 +89,7 @@ def test_loops_of_two_dtypes_share_no_file():
     _, signature = native.job_type("EmptyJob", "x", "")
 
     def files(*dtypes):
-        @native.compiled(signature, *dtypes)
+        @native.compiled(signature, "empty", *dtypes)
         def empty(pointer):
             pass
 

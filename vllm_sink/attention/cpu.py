@@ -11,10 +11,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm_sink_kernels.cpu import attention, native, write
+from vllm_sink_kernels.cpu import attention, layouts, native, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
+from vllm_sink.attention import cpu_stock
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
 from vllm_sink.rotation.head_counts import refuse_other_heads
 from vllm_sink.rotation.table import RotaryTable
@@ -23,7 +24,9 @@ logger = init_logger("vllm.plugins.sink")
 
 
 @functools.cache
-def _compile_loops(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def _compile_loops(
+    cache_dtype: torch.dtype, dtype: torch.dtype, layout: int = layouts.OWN
+) -> None:
     """The loops are compiled or found now; the log says which, and how long it took."""
     folder = native.FOLDER
     kept = (
@@ -35,7 +38,7 @@ def _compile_loops(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
         logger.info("Compiling the %s, once; they are %s.", loops, kept)
 
     start = time.monotonic()
-    if attention.compile_for(cache_dtype, dtype, on_start=announce):
+    if attention.compile_for(cache_dtype, dtype, layout, on_start=announce):
         logger.info("Compiled the %s in %.1f s.", loops, time.monotonic() - start)
     else:
         logger.info(
@@ -50,6 +53,9 @@ class SinkCpuPlan:
     Args:
         num_tokens: T, query tokens without padding.
         plan: The CPU path's plan; its kinds are the step's parts.
+        stock_rows: The rows that vLLM's kernel may take; None: it takes none.
+        rest: The plan without them.
+        begun: Blocks to clear, for layers that borrow vLLM's kernel.
         slots: Where each token's K and V go.
         turns: id of a rotary table -> the sink turn.
     """
@@ -58,6 +64,9 @@ class SinkCpuPlan:
     plan: attention.Plan
     slots: Slots
     turns: dict[int, Turns]
+    stock_rows: cpu_stock.StockRows | None = None
+    rest: attention.Plan | None = None
+    begun: torch.Tensor | None = None
 
 
 @dataclass
@@ -89,7 +98,12 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        _compile_loops(kv_cache_spec.dtype, model.dtype)
+        impls = [layer.impl for layer in self.layers.values()]
+        self.stock = cpu_stock.faster_kernel(kv_cache_spec, model.dtype, impls)
+        for impl in impls:
+            impl.stock = self.stock
+        layout = self.stock.layout if self.stock else layouts.OWN
+        _compile_loops(kv_cache_spec.dtype, model.dtype, layout)
         num_kv_heads = model.get_num_kv_heads(parallel)
         self.group_size = model.get_num_attention_heads(parallel) // num_kv_heads
 
@@ -111,7 +125,9 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         )
         step = self.join_step(common, metadata)
         if step.is_complete:
-            step.plan = _plan(step.parts, common, self.block_size, self.group_size)
+            step.plan = _plan(
+                step.parts, common, self.block_size, self.group_size, self.stock
+            )
         return metadata
 
 
@@ -120,24 +136,34 @@ def _plan(
     common: CommonAttentionMetadata,
     block_size: int,
     group_size: int,
+    stock: cpu_stock.StockKernel | None = None,
 ) -> SinkCpuPlan:
     """The plan of a step from what its groups gave.
 
     Args:
         common: Any group's; only what the groups share is read.
+        stock: What the group's layers borrow; they are then of one part.
     """
     num_tokens = common.num_actual_tokens
     starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
     seq_lens = common.seq_lens[: common.num_reqs].tolist()
     kinds = [part.kind for part in parts]
-    return SinkCpuPlan(
+    sizes = dict(block_size=block_size, group_size=group_size)
+    plan = SinkCpuPlan(
         num_tokens=num_tokens,
-        plan=attention.plan(
-            kinds, starts, seq_lens, block_size=block_size, group_size=group_size
-        ),
+        plan=attention.plan(kinds, starts, seq_lens, **sizes),
         slots=Slots.of_kinds([part.slots for part in parts]),
         turns=_turns(parts, num_tokens, starts, seq_lens),
     )
+    if stock is not None:
+        plan.begun = cpu_stock.begun_blocks(parts[0].slots, block_size)
+        rows = cpu_stock.StockRows.of_step(kinds[0], starts, seq_lens)
+        if rows is not None:
+            plan.stock_rows = rows
+            plan.rest = attention.plan(
+                kinds, starts, seq_lens, skipped=rows.counts, **sizes
+            )
+    return plan
 
 
 def _turns(
@@ -184,6 +210,8 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
     """One layer's attention on the CPU."""
 
     _caches: HeadCaches | None = None
+    # Set by the builder: vLLM's kernel, where rows that see everything are its work.
+    stock: cpu_stock.StockKernel | None = None
 
     def forward(
         self,
@@ -213,14 +241,28 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         n = plan.num_tokens
         caches = self._head_caches(kv_cache)
         if self.writes_cache and key is not None:
-            write.write_kv(key, value, caches, plan.slots)
+            if plan.begun is not None and len(plan.begun):
+                _pages(kv_cache).index_fill_(0, plan.begun, 0)
+            if self.stock is None or caches.layout == layouts.OWN:
+                write.write_kv(key, value, caches, plan.slots)
+            else:
+                slots = plan.slots.tensor[0]
+                count = len(slots)
+                self.stock.write(key[:count], value[:count], _pages(kv_cache), slots)
         turns = None
         if self.rotation is not None:
             turns = plan.turns.get(id(self.rotation.rows))
+        rows = plan.plan
+        if self.stock is not None and plan.stock_rows is not None:
+            assert plan.rest is not None
+            pages, rows = _pages(kv_cache), plan.rest
+            plan.stock_rows.attend(
+                self.stock, query[:n], pages, output[:n], scale=self.scale
+            )
         attention.attend(
             query[:n],
             caches,
-            plan.plan,
+            rows,
             output[:n],
             scale=self.scale,
             turns=turns,
@@ -239,7 +281,8 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         known = self._caches
         if known is None or known.tensors[0].data_ptr() != kv_cache.data_ptr():
             if self.heads is None:
-                known = HeadCaches.of_layer(_pages(kv_cache))
+                layout = self.stock.layout if self.stock else layouts.OWN
+                known = HeadCaches.of_layer(_pages(kv_cache), layout)
             else:
                 known = HeadCaches.of_heads(
                     [_pages(head.kv_cache) for head in self.heads],

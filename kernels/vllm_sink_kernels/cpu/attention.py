@@ -27,6 +27,7 @@ from numba.core import event
 
 from vllm_sink_kernels.cpu import flash, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.layouts import OWN
 from vllm_sink_kernels.cpu.rows import Kind, Tiles, Turns
 
 # Rows of a chunk's tile, queries times G: the more, the fewer times a page comes from
@@ -59,6 +60,7 @@ def plan(
     block_size: int,
     group_size: int = 1,
     decode_queries: int = DECODE_QUERIES,
+    skipped: Sequence[int] | None = None,
 ) -> Plan:
     """Plan a step, for all layers and all kinds of KV heads.
 
@@ -69,12 +71,14 @@ def plan(
         block_size: N, tokens.
         group_size: G, query heads of a KV head.
         decode_queries: Most queries of a request whose keys are taken in parts.
+        skipped: [R] query tokens of each request, its first ones, that are not ours.
     """
     kinds = tuple(kinds)
     tile_queries = max(1, TILE_ROWS // group_size)
     short, long = [], []
     for request, seq_len in enumerate(seq_lens):
         start, end = query_starts[request], query_starts[request + 1]
+        start += skipped[request] if skipped is not None else 0
         if end == start:
             continue
         if end - start <= decode_queries:
@@ -154,12 +158,14 @@ class _Start(event.Listener):
 def compile_for(
     cache_dtype: torch.dtype,
     q_dtype: torch.dtype | None = None,
+    layout: int = OWN,
     *,
     on_start: Callable[[], None] = lambda: None,
 ) -> bool:
     """Compile the loops for a cache's and a model's dtype now; once a machine.
 
     Args:
+        layout: Of the cache's pages, of :mod:`layouts`; none but our own is written.
         on_start: Called before the first is compiled; not at all where they are found.
 
     Returns:
@@ -167,6 +173,7 @@ def compile_for(
     """
     start = _Start(on_start)
     with event.install_listener("numba:run_pass", start):
-        flash.loop(cache_dtype, q_dtype or cache_dtype)
-        write.loop(cache_dtype)
+        flash.loop(cache_dtype, q_dtype or cache_dtype, layout)
+        if layout == OWN:
+            write.loop(cache_dtype)
     return start.has_told

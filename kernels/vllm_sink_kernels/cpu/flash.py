@@ -25,6 +25,7 @@ import torch
 
 from vllm_sink_kernels.cpu import micro, native
 from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.layouts import OWN, PLAIN
 from vllm_sink_kernels.cpu.micro import LANES, ROWS
 from vllm_sink_kernels.cpu.native import OPTIONS, at, put, take
 from vllm_sink_kernels.cpu.rows import (
@@ -91,7 +92,7 @@ def attend_tiles(
     job.scratch_bytes = -(-4 * floats // 64) * 64
     job.scratch = tiles.scratch("tiles", num_threads * job.scratch_bytes)
     job.threads = tiles.counter()
-    native.run(loop(caches.dtype, q.dtype), job, num_threads)
+    native.run(loop(caches.dtype, q.dtype, caches.layout), job, num_threads)
     if result is not out:
         changed = torch.from_numpy(tiles.rows)
         out[changed] = result[changed].to(out.dtype)
@@ -102,21 +103,18 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _is_dot(cache_dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
-    return micro.HAS_DOT and cache_dtype == q_dtype == torch.bfloat16
-
-
 @functools.cache
-def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
+def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
     """:data:`Job` -> the tiles' rows of ``out``; seconds to compile, once a machine."""
     dtype, q_storage = native.STORAGE[cache_dtype], native.STORAGE[q_dtype]
     size, q_size = dtype.itemsize, q_storage.itemsize
-    is_dot = _is_dot(cache_dtype, q_dtype)
+    is_paired = cache_dtype == torch.bfloat16 and layout != PLAIN
+    is_dot = is_paired and micro.HAS_DOT and q_dtype == torch.bfloat16
     # Dims of a token's key that lie side by side.
-    pack = 2 if cache_dtype == torch.bfloat16 else 1
+    pack = 2 if is_paired else 1
     version = native.VERSION
 
-    @native.compiled(_SIGNATURE, cache_dtype, q_dtype)
+    @native.compiled(_SIGNATURE, f"attend_{layout}", cache_dtype, q_dtype)
     def attend(pointer):
         job = numba.carray(pointer, 1)[0]
         if version == 0:
@@ -230,6 +228,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype):
                     seen = (first, stop, 0, 0, position - window_size + 1)
                     at_query, lda = turned, 4 * head_size
                 span(
+                    layout,
                     dtype,
                     q_storage,
                     pack,

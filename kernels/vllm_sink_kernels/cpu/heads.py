@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_sink_kernels.cpu.layouts import OWN, fits
+
 
 @dataclass(frozen=True)
 class HeadCaches:
@@ -19,14 +21,15 @@ class HeadCaches:
 
     Args:
         tensors: HKV tensors [B, 2N, D] float32, bfloat16 or float16, of one
-            dtype and stride, a block's page consecutive. The numbers stand in
-            the page as :mod:`micro` says. They may be views of one tensor or memory
-            of their own.
+            dtype and stride, a block's page consecutive. They may be views of one
+            tensor or memory of their own.
         kinds: [HKV], each head's place in the ``kinds`` of a step's plan.
+        layout: How the pages' numbers stand, of :mod:`layouts`.
     """
 
     tensors: tuple[torch.Tensor, ...]
     kinds: tuple[int, ...]
+    layout: int = OWN
 
     def __post_init__(self) -> None:
         first = self.tensors[0]
@@ -36,11 +39,12 @@ class HeadCaches:
             assert x.shape[1:] == first.shape[1:], (x.shape, first.shape)
         assert first.dtype != torch.bfloat16 or self.head_size % 2 == 0, first.shape
         assert first.stride()[1:] == (first.shape[2], 1), first.stride()
+        assert fits(self.layout, self.dtype, self.block_size, self.head_size), self
 
     @classmethod
-    def of_layer(cls, kv_cache: torch.Tensor, kind: int = 0) -> HeadCaches:
+    def of_layer(cls, kv_cache: torch.Tensor, layout: int = OWN) -> HeadCaches:
         """All heads of one tensor [B, HKV, 2N, D], of one kind."""
-        return cls(kv_cache.unbind(1), (kind,) * kv_cache.shape[1])
+        return cls(kv_cache.unbind(1), (0,) * kv_cache.shape[1], layout)
 
     @classmethod
     def of_heads(

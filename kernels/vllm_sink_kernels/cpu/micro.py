@@ -18,25 +18,23 @@ Shape letters: M rows, K summed, V vectors of columns, D head size, N block size
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from vllm_sink_kernels.cpu import native
+from vllm_sink_kernels.cpu.layouts import PLAIN, TILED
+from vllm_sink_kernels.cpu.native import FEATURES, LANES
 
-FEATURES = frozenset(x[1:] for x in native.FEATURES.split(",") if x.startswith("+"))
 # Multiplies bfloat16 pairs into float32 sums.
-HAS_DOT = "avx512bf16" in FEATURES and "avx512f" in FEATURES
-# Floats of a vector, and (vectors, most rows) of the products, widest first:
-# 32 registers of 16 floats, or 16 registers of 8 (32 of 4 on other CPUs).
-TILES: tuple[tuple[int, int], ...]
-if "avx512f" in FEATURES:
-    LANES, TILES = 16, ((8, 3), (4, 6), (2, 6), (1, 6))
-else:
-    LANES, TILES = 8, ((4, 3), (2, 6), (1, 6), (1, 6))
+HAS_DOT = "avx512bf16" in FEATURES and LANES == 16
+# (vectors, most rows) of the products, widest first: 32 registers of 16 floats, or 16
+# registers of 8 (32 of 4 on other CPUs).
+TILES: tuple[tuple[int, int], ...] = ((4, 3), (2, 6), (1, 6), (1, 6))
+if LANES == 16:
+    TILES = ((8, 3), (4, 6), (2, 6), (1, 6))
 # Rows of a product.
 ROWS = 6
 
@@ -115,10 +113,30 @@ def _columns(builder: Any, kind: str, address: Any) -> list[Any]:
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "pairs": 4, "dot": 4}
 
 
-def _emit(builder: Any, kind: str, adds: bool, rows: int, vectors: int, arguments: Any):
+class Kind(NamedTuple):
+    """Which product.
+
+    Args:
+        columns: What a row of B consists of: "float32", "float16", "bfloat16", or
+            "pairs" and "dot", pairs of bfloat16 that belong to two rows.
+        adds: Whether C's numbers are added to.
+        tiled: Whether B's vectors of columns are apart.
+    """
+
+    columns: str
+    adds: bool
+    tiled: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.columns}_{int(self.adds)}_{int(self.tiled)}"
+
+
+def _emit(builder: Any, kind: Kind, rows: int, vectors: int, arguments: Any):
     """C (+)= A B for so many rows and vectors, a loop over K."""
-    a, lda, b, ldb, c, ldc, k = arguments
-    width = LANES * _SIZES[kind]
+    (kind, adds, tiled), (a, lda, b, ldb, step_b, c, ldc, k) = kind, arguments
+    # A constant where it can be one: an address of its own for each vector else.
+    width = step_b if tiled else _I64(LANES * _SIZES[kind])
 
     def at_c(m: int, v: int) -> Any:
         row = builder.add(c, builder.mul(ldc, _I64(m)))
@@ -144,7 +162,7 @@ def _emit(builder: Any, kind: str, adds: bool, rows: int, vectors: int, argument
         phi.add_incoming(value, entry)
         sums.append(phi)
     columns = [
-        _columns(builder, kind, builder.add(at_b, _I64(v * width)))
+        _columns(builder, kind, builder.add(at_b, builder.mul(width, _I64(v))))
         for v in range(vectors)
     ]
     new = list(sums)
@@ -206,10 +224,9 @@ def _function(module: Any, name: str, num_arguments: int) -> tuple[Any, bool]:
     return function, True
 
 
-def _product(module: Any, kind: str, adds: bool, vectors: int, max_rows: int) -> Any:
-    """(a, lda, b, ldb, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
-    name = f"sink_product_{kind}_{int(adds)}_{vectors}"
-    function, is_new = _function(module, name, 8)
+def _product(module: Any, kind: Kind, vectors: int, max_rows: int) -> Any:
+    """(a, lda, b, ldb, step, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
+    function, is_new = _function(module, f"sink_product_{kind.name}_{vectors}", 9)
     if is_new:
         *numbers, count = function.args
         builder = ir.IRBuilder(function.append_basic_block())
@@ -219,22 +236,23 @@ def _product(module: Any, kind: str, adds: bool, vectors: int, max_rows: int) ->
         for m, block in enumerate(blocks, 1):
             switch.add_case(_I64(m), block)
             builder.position_at_end(block)
-            _emit(builder, kind, adds, m, vectors, numbers)
+            _emit(builder, kind, m, vectors, numbers)
             builder.branch(end)
         builder.position_at_end(end)
         builder.ret_void()
     return function
 
 
-def _matmul(module: Any, kind: str, adds: bool) -> Any:
-    """(a, lda, b, ldb, c, ldc, k, rows, columns): C (+)= A B, see :func:`matmul`."""
-    function, is_new = _function(module, f"sink_matmul_{kind}_{int(adds)}", 9)
+def _matmul(module: Any, kind: Kind) -> Any:
+    """C (+)= A B over (a, lda, b, ldb, step, c, ldc, k, rows, columns), see below."""
+    function, is_new = _function(module, f"sink_matmul_{kind.name}", 10)
     if not is_new:
         return function
-    size = _SIZES[kind]
     (wide, wide_rows), (n0, _), (n1, _), (n2, _) = TILES
-    widest, p0, p1, p2 = (_product(module, kind, adds, n, most) for n, most in TILES)
-    a, lda, b, ldb, c, ldc, k, rows, columns = function.args
+    widest, p0, p1, p2 = (_product(module, kind, n, most) for n, most in TILES)
+    a, lda, b, ldb, step_b, c, ldc, k, rows, columns = function.args
+    if not kind.tiled:
+        step_b = _I64(LANES * _SIZES[kind.columns])
     builder = ir.IRBuilder(function.append_basic_block())
     v = cgutils.alloca_once_value(builder, _I64(0))
 
@@ -256,12 +274,12 @@ def _matmul(module: Any, kind: str, adds: bool) -> Any:
     def advance(n: Any) -> None:
         builder.store(builder.add(done, n), v)
 
-    at_b = builder.add(b, builder.mul(done, _I64(LANES * size)))
+    at_b = builder.add(b, builder.mul(done, step_b))
     at_c = builder.add(c, builder.mul(done, _I64(LANES * 4)))
     few = builder.icmp_signed("<=", rows, _I64(wide_rows))
     with builder.if_else(builder.and_(is_left(wide), few)) as (then, otherwise):
         with then:
-            builder.call(widest, [a, lda, at_b, ldb, at_c, ldc, k, rows])
+            builder.call(widest, [a, lda, at_b, ldb, step_b, at_c, ldc, k, rows])
             advance(_I64(wide))
         with otherwise:
             with cgutils.for_range_slice(builder, _I64(0), rows, each, _I64) as (m, _):
@@ -269,7 +287,7 @@ def _matmul(module: Any, kind: str, adds: bool) -> Any:
                 n = builder.select(builder.icmp_signed("<", each, after), each, after)
                 at_a = builder.add(a, builder.mul(m, lda))
                 to = builder.add(at_c, builder.mul(m, ldc))
-                numbers = [at_a, lda, at_b, ldb, to, ldc, k, n]
+                numbers = [at_a, lda, at_b, ldb, step_b, to, ldc, k, n]
                 with builder.if_else(is_left(n0)) as (most, fewer):
                     with most:
                         builder.call(p0, numbers)
@@ -289,60 +307,84 @@ def _matmul(module: Any, kind: str, adds: bool) -> Any:
 _PLAIN = {types.float32: "float32", types.int16: "float16", types.uint16: "bfloat16"}
 
 
-def _keys_kind(dtype: Any, q_dtype: Any = None) -> str:
-    kind = _PLAIN[dtype.dtype]
-    if kind != "bfloat16":
-        return kind
-    is_dot = HAS_DOT and q_dtype is not None and q_dtype.dtype == types.uint16
-    return "dot" if is_dot else "pairs"
+def _keys_kind(layout: int, dtype: Any, q_dtype: Any = None) -> Kind:
+    columns = _PLAIN[dtype.dtype]
+    if columns == "bfloat16" and layout != PLAIN:
+        is_dot = HAS_DOT and q_dtype is not None and q_dtype.dtype == types.uint16
+        columns = "dot" if is_dot else "pairs"
+    return Kind(columns, False, layout == TILED)
 
 
-# C (+)= A B over addresses. Arguments, all but the dtypes int64, addresses and strides
-# in bytes:
+def _values_kind(layout: int, dtype: Any) -> Kind:
+    columns = "pairs" if layout == TILED else _PLAIN[dtype.dtype]
+    return Kind(columns, True, layout == TILED)
+
+
+# C (+)= A B over addresses. All arguments but the first few, constants, are int64,
+# addresses and strides in bytes:
 #   a, lda: [M, K] float32 rows; for kind "dot" [M, K] pairs of bfloat16, for "pairs"
 #       [M, 2K] float32.
-#   b, ldb: [K, columns] of the kind: "float32", "float16", "bfloat16", or "pairs" and
-#       "dot", pairs of bfloat16 that belong to two rows of A.
+#   b, ldb, step: [K, columns] of the kind; from a vector of columns to the next, where
+#       they don't follow one another.
 #   c, ldc: [M, columns] float32.
 #   k: K. rows: M. columns: vectors of LANES.
 
 
-@intrinsic
+def _call_matmul(context: Any, builder: Any, kind: Kind, arguments: Any) -> Any:
+    builder.call(_matmul(builder.module, kind), arguments[-10:])
+    return context.get_dummy_value()
+
+
+@intrinsic(prefer_literal=True)
 def keys_product(
-    typing_context, dtype, q_dtype, a, lda, b, ldb, c, ldc, k, rows, columns
+    typing_context,
+    layout,
+    dtype,
+    q_dtype,
+    a,
+    lda,
+    b,
+    ldb,
+    step,
+    c,
+    ldc,
+    k,
+    rows,
+    columns,
 ):
     """C = Q K^T, keys of ``dtype``, the queries in the dtype ``q_dtype``."""
 
     def codegen(context, builder, signature, arguments):
-        function = _matmul(builder.module, _keys_kind(dtype, q_dtype), False)
-        builder.call(function, arguments[2:])
-        return context.get_dummy_value()
+        kind = _keys_kind(layout.literal_value, dtype, q_dtype)
+        return _call_matmul(context, builder, kind, arguments)
 
-    return types.void(dtype, q_dtype, *[types.int64] * 9), codegen
+    return types.void(layout, dtype, q_dtype, *[types.int64] * 10), codegen
 
 
-@intrinsic
-def turned_product(typing_context, dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+@intrinsic(prefer_literal=True)
+def turned_product(
+    typing_context, layout, dtype, a, lda, b, ldb, step, c, ldc, k, rows, columns
+):
     """C = Q K^T, keys of ``dtype``, the queries in float32."""
 
     def codegen(context, builder, signature, arguments):
-        function = _matmul(builder.module, _keys_kind(dtype), False)
-        builder.call(function, arguments[1:])
-        return context.get_dummy_value()
+        kind = _keys_kind(layout.literal_value, dtype)
+        return _call_matmul(context, builder, kind, arguments)
 
-    return types.void(dtype, *[types.int64] * 9), codegen
+    return types.void(layout, dtype, *[types.int64] * 10), codegen
 
 
-@intrinsic
-def values_product(typing_context, dtype, a, lda, b, ldb, c, ldc, k, rows, columns):
+@intrinsic(prefer_literal=True)
+def values_product(
+    typing_context, layout, dtype, a, lda, b, ldb, step, c, ldc, k, rows, columns
+):
     """C += P V, values of ``dtype``."""
 
     def codegen(context, builder, signature, arguments):
-        function = _matmul(builder.module, _PLAIN[dtype.dtype], True)
-        builder.call(function, arguments[1:])
-        return context.get_dummy_value()
+        kind = _values_kind(layout.literal_value, dtype)
+        return _call_matmul(context, builder, kind, arguments)
 
-    return types.void(dtype, *[types.int64] * 9), codegen
+    return types.void(layout, dtype, *[types.int64] * 10), codegen
 
 
 @intrinsic

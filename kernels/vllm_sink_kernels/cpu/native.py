@@ -42,14 +42,18 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def _cpu_features() -> str:
+def _cpu_features() -> frozenset[str]:
     """What Numba compiles for; NUMBA_CPU_FEATURES restricts it."""
     if config.CPU_FEATURES is not None:
-        return config.CPU_FEATURES
-    return llvmlite.binding.get_host_cpu_features().flatten()
+        text = config.CPU_FEATURES
+    else:
+        text = llvmlite.binding.get_host_cpu_features().flatten()
+    return frozenset(x[1:] for x in text.split(",") if x.startswith("+"))
 
 
 FEATURES = _cpu_features()
+# Floats of a vector.
+LANES = 16 if "avx512f" in FEATURES else 8
 # Numba's cache of a loop knows the loop's own file and what its closure holds, not
 # the functions that it calls: each loop's closure holds this digest of all files.
 VERSION = zlib.crc32(
@@ -79,20 +83,22 @@ def job_type(name: str, integers: str, floats: str) -> tuple[type, types.Type]:
     return struct, types.void(types.CPointer(record))
 
 
-def compiled(signature: Any, *dtypes: torch.dtype) -> Callable:
+def compiled(signature: Any, name: str, *dtypes: torch.dtype) -> Callable:
     """Decorator: the loop over a job that Numba compiles, or finds in its cache.
 
-    Its name, and so its files in the cache, are those of the dtypes and the CPU alone.
+    Its full name, and so its files in the cache, are the dtypes' and the CPU's alone.
     Numba writes an index back as it read it before and numbers the data files by it:
     of two processes that keep different loops under one name the second forgets the
     first's, or gives its number to the other's code.
     """
-    machine = f"{config.CPU_NAME or llvmlite.binding.get_host_cpu_name()} {FEATURES}"
+    machine = (
+        f"{config.CPU_NAME or llvmlite.binding.get_host_cpu_name()} {sorted(FEATURES)}"
+    )
     kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    suffix = "_".join([*kinds, f"{zlib.crc32(machine.encode()):08x}"])
+    full_name = "_".join([name, *kinds, f"{zlib.crc32(machine.encode()):08x}"])
 
     def compile_loop(function: Callable) -> Any:
-        function.__qualname__ += f"_{suffix}"
+        function.__qualname__ = full_name
         with locked(FOLDER):
             return numba.cfunc(signature, cache=FOLDER is not None, **OPTIONS)(function)
 

@@ -14,6 +14,7 @@ import math
 import numba
 import numpy as np
 
+from vllm_sink_kernels.cpu.layouts import TILE, TILED
 from vllm_sink_kernels.cpu.micro import (
     LANES,
     ROWS,
@@ -38,10 +39,13 @@ VALUES = 64
 
 
 @numba.njit(inline="always", **OPTIONS)
-def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, state):
+def span(
+    layout, dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, state
+):
     """Keys [first, end) added to a tile's softmax and sums.
 
     Args:
+        layout: Of the cache's pages, of :mod:`layouts`; a constant, as the next.
         dtype, q_dtype: Of the cache and of the window's queries.
         pack, size: Dims of a key side by side; bytes of a number of the cache.
         is_window: Which queries ``q`` are: the window's or the turned ones.
@@ -58,8 +62,12 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
     count, group, _scale, _soft_cap = options
     pages, block_bytes, block_size, head_size, blocks = cache
     at_scores, at_sums, _tops, _totals, _peaks = state
-    key_row = block_size * pack * size
-    value_row = head_size * size
+    key_row, key_token, key_step = block_size * pack * size, pack * size, 0
+    value_row, value_step = head_size * size, 0
+    if layout == TILED:
+        key_row = value_row = TILE * 2 * size
+        key_token, key_step = head_size * size, TILE * head_size * size
+        value_step = TILE * block_size * size
     columns = head_size // LANES
     step = count
     if low + slope * (count - 1) > first or high < end:
@@ -76,28 +84,40 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
             offset = k % block_size
             n = min(block_size - offset, stop - k)
             page = pages + at(np.int32, blocks, k // block_size) * block_bytes
-            at_keys = page + offset * pack * size
+            at_keys = page + offset * key_token  # offset is a multiple of LANES
             to = at_rows + 4 * (k - first)
             vectors = (n + LANES - 1) // LANES
             at_q, steps = q + m0 * lda, head_size // pack
-            ldb, ldc = key_row, 4 * PITCH
             if is_window:
                 keys_product(
+                    layout,
                     dtype,
                     q_dtype,
                     at_q,
                     lda,
                     at_keys,
-                    ldb,
+                    key_row,
+                    key_step,
                     to,
-                    ldc,
+                    4 * PITCH,
                     steps,
                     rows,
                     vectors,
                 )
             else:
                 turned_product(
-                    dtype, at_q, lda, at_keys, ldb, to, ldc, steps, rows, vectors
+                    layout,
+                    dtype,
+                    at_q,
+                    lda,
+                    at_keys,
+                    key_row,
+                    key_step,
+                    to,
+                    4 * PITCH,
+                    steps,
+                    rows,
+                    vectors,
                 )
             k += n
         part = (first, start, stop, low, slope, high)
@@ -105,33 +125,67 @@ def span(dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, st
         k = start
         while k < stop:
             offset = k % block_size
-            n = min(block_size - offset, stop - k, VALUES)
+            n = min(block_size - offset, stop - k, VALUES - offset % 2)
             page = pages + at(np.int32, blocks, k // block_size) * block_bytes
-            at_value = page + (block_size + offset) * value_row
-            weights = at_rows + 4 * (k - first)
+            values = page + block_size * head_size * size
+            weights, tokens, i_row = at_rows + 4 * (k - first), n, offset
             sums = at_sums + 4 * m0 * head_size
-            ldc = 4 * head_size
+            if layout == TILED:
+                # Pairs of tokens. One whose other half isn't seen comes by itself: of
+                # a number that isn't seen, NaN maybe, not even zero times it counts.
+                if offset % 2 == 1:
+                    weight = at_rows + 4 * (k - first)
+                    _add_one(dtype, weight, values, offset, rows, cache, sums)
+                if (offset + n) % 2 == 1:
+                    weight = at_rows + 4 * (k + n - 1 - first)
+                    _add_one(dtype, weight, values, offset + n - 1, rows, cache, sums)
+                weights += 4 * (offset % 2)
+                i_row = (offset + 1) // 2
+                tokens = (offset + n) // 2 - i_row
             values_product(
+                layout,
                 dtype,
                 weights,
                 4 * PITCH,
-                at_value,
+                values + i_row * value_row,
                 value_row,
+                value_step,
                 sums,
-                ldc,
-                n,
+                4 * head_size,
+                tokens,
                 rows,
                 columns,
             )
-            if columns * LANES < head_size:
+            if columns * LANES < head_size:  # in no tile
                 for m in range(rows):
                     for i in range(n):
                         weight = at(F32, weights, m * PITCH + i)
                         for d in range(columns * LANES, head_size):
                             x = at(F32, sums, m * head_size + d)
-                            x += weight * at(dtype, at_value, i * head_size + d)
+                            x += weight * at(
+                                dtype, values, (offset + i) * head_size + d
+                            )
                             put(F32, sums, m * head_size + d, x)
             k += n
+
+
+@numba.njit(inline="always", **OPTIONS)
+def _add_one(dtype, weights, values, i, rows, cache, sums):
+    """One token's values, in tiles, times a weight a row, added to the sums.
+
+    Args:
+        weights: Address of row 0's; the next is PITCH further.
+        values: Address of a page's. i: The token's place in its block.
+    """
+    block_size, head_size = cache[2], cache[3]
+    for m in range(rows):
+        weight = at(F32, weights, m * PITCH)
+        for first in range(0, head_size, TILE):
+            place = first * block_size + i // 2 * 2 * TILE + i % 2
+            for d in range(TILE):
+                x = at(F32, sums, m * head_size + first + d)
+                x += weight * at(dtype, values, place + 2 * d)
+                put(F32, sums, m * head_size + first + d, x)
 
 
 @numba.njit(inline="always")

@@ -14,6 +14,7 @@ import torch
 
 from vllm_sink_kernels.cpu import native
 from vllm_sink_kernels.cpu.heads import HeadCaches
+from vllm_sink_kernels.cpu.layouts import OWN
 from vllm_sink_kernels.cpu.native import array, take
 from vllm_sink_kernels.cpu.rows import Slots
 
@@ -35,9 +36,10 @@ def write_kv(
 
     Args:
         key, value: [T, HKV, D].
-        caches: The layer's; a head's tokens go to its kind's slots.
+        caches: The layer's, in our own layout; a head's tokens go to its kind's slots.
         slots: The step's.
     """
+    assert caches.layout == OWN, caches.layout
     key, value = _storable(key, caches.dtype), _storable(value, caches.dtype)
     is_long = slots.num_tokens > TOKENS
     num_threads = torch.get_num_threads() if is_long else 1
@@ -69,7 +71,7 @@ def loop(kv_cache_dtype: torch.dtype):
     pack = 2 if kv_cache_dtype == torch.bfloat16 else 1
     version = native.VERSION
 
-    @native.compiled(_SIGNATURE, kv_cache_dtype)
+    @native.compiled(_SIGNATURE, "write", kv_cache_dtype)
     def write(pointer):
         job = numba.carray(pointer, 1)[0]
         if version == 0:
