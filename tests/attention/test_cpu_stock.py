@@ -160,9 +160,8 @@ def test_streams_over_the_budget_in_reused_blocks(isa, dtype, head_size, borrows
             num_actual_tokens, num_reqs = starts[-1], len(parts)
             query_start_loc_cpu, seq_lens = torch.tensor(starts), torch.tensor(lens)
 
-        plan = cpu._plan([metadata], Common, N, HEADS // KV_HEADS, impl.stock)
-        if not borrows:
-            plan.stock_rows = None
+        kernel = impl.stock if borrows else None
+        plan = cpu._plan([metadata], Common, N, HEADS // KV_HEADS, kernel)
         given += sum(plan.stock_rows.counts) if plan.stock_rows else 0
         metadata.step.plan = plan
         step = [torch.cat([x[i, a:b] for i, a, b in parts]) for x in (q, k, v)]

@@ -15,8 +15,13 @@ from vllm_sink_kernels.cpu import attention, layouts, native, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
-from vllm_sink.attention import cpu_stock
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase, Step
+from vllm_sink.attention.cpu_stock import (
+    StockKernel,
+    StockRows,
+    begun_blocks,
+    faster_kernel,
+)
 from vllm_sink.rotation.head_counts import refuse_other_heads
 from vllm_sink.rotation.table import RotaryTable
 
@@ -53,9 +58,8 @@ class SinkCpuPlan:
     Args:
         num_tokens: T, query tokens without padding.
         plan: The CPU path's plan; its kinds are the step's parts.
-        stock_rows: The rows that vLLM's kernel may take; None: it takes none.
-        rest: The plan without them.
-        begun: Blocks to clear, for layers that borrow vLLM's kernel.
+        stock_rows: The rows that vLLM's kernel takes instead, if it takes any.
+        begun: Blocks to clear where it may take any, see :func:`begun_blocks`.
         slots: Where each token's K and V go.
         turns: id of a rotary table -> the sink turn.
     """
@@ -64,8 +68,7 @@ class SinkCpuPlan:
     plan: attention.Plan
     slots: Slots
     turns: dict[int, Turns]
-    stock_rows: cpu_stock.StockRows | None = None
-    rest: attention.Plan | None = None
+    stock_rows: StockRows | None = None
     begun: torch.Tensor | None = None
 
 
@@ -99,9 +102,14 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         impls = [layer.impl for layer in self.layers.values()]
-        self.stock = cpu_stock.faster_kernel(kv_cache_spec, model.dtype, impls)
+        self.stock = faster_kernel(kv_cache_spec, model.dtype, impls)
         for impl in impls:
             impl.stock = self.stock
+        if self.stock is not None:
+            logger.info_once(
+                "Queries that see everything are the work of vLLM's own kernel (%s).",
+                self.stock.isa,
+            )
         layout = self.stock.layout if self.stock else layouts.OWN
         _compile_loops(kv_cache_spec.dtype, model.dtype, layout)
         num_kv_heads = model.get_num_kv_heads(parallel)
@@ -136,7 +144,7 @@ def _plan(
     common: CommonAttentionMetadata,
     block_size: int,
     group_size: int,
-    stock: cpu_stock.StockKernel | None = None,
+    stock: StockKernel | None = None,
 ) -> SinkCpuPlan:
     """The plan of a step from what its groups gave.
 
@@ -148,22 +156,26 @@ def _plan(
     starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
     seq_lens = common.seq_lens[: common.num_reqs].tolist()
     kinds = [part.kind for part in parts]
-    sizes = dict(block_size=block_size, group_size=group_size)
-    plan = SinkCpuPlan(
+    rows, begun = None, None
+    if stock is not None:
+        assert len(kinds) == 1, "heads of two kinds borrow nothing"
+        rows = StockRows.of_step(kinds[0], starts, seq_lens)
+        begun = begun_blocks(parts[0].slots, block_size)
+    return SinkCpuPlan(
         num_tokens=num_tokens,
-        plan=attention.plan(kinds, starts, seq_lens, **sizes),
+        plan=attention.plan(
+            kinds,
+            starts,
+            seq_lens,
+            block_size=block_size,
+            group_size=group_size,
+            skipped=None if rows is None else rows.counts,
+        ),
         slots=Slots.of_kinds([part.slots for part in parts]),
         turns=_turns(parts, num_tokens, starts, seq_lens),
+        stock_rows=rows,
+        begun=begun,
     )
-    if stock is not None:
-        plan.begun = cpu_stock.begun_blocks(parts[0].slots, block_size)
-        rows = cpu_stock.StockRows.of_step(kinds[0], starts, seq_lens)
-        if rows is not None:
-            plan.stock_rows = rows
-            plan.rest = attention.plan(
-                kinds, starts, seq_lens, skipped=rows.counts, **sizes
-            )
-    return plan
 
 
 def _turns(
@@ -211,7 +223,7 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
 
     _caches: HeadCaches | None = None
     # Set by the builder: vLLM's kernel, where rows that see everything are its work.
-    stock: cpu_stock.StockKernel | None = None
+    stock: StockKernel | None = None
 
     def forward(
         self,
@@ -252,17 +264,16 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         turns = None
         if self.rotation is not None:
             turns = plan.turns.get(id(self.rotation.rows))
-        rows = plan.plan
-        if self.stock is not None and plan.stock_rows is not None:
-            assert plan.rest is not None
-            pages, rows = _pages(kv_cache), plan.rest
+        if plan.stock_rows is not None:
+            assert self.stock is not None, "all layers of a group borrow or none"
+            pages = _pages(kv_cache)
             plan.stock_rows.attend(
                 self.stock, query[:n], pages, output[:n], scale=self.scale
             )
         attention.attend(
             query[:n],
             caches,
-            rows,
+            plan.plan,
             output[:n],
             scale=self.scale,
             turns=turns,

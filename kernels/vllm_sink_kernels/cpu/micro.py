@@ -132,9 +132,10 @@ class Kind(NamedTuple):
         return f"{self.columns}_{int(self.adds)}_{int(self.tiled)}"
 
 
-def _emit(builder: Any, kind: Kind, rows: int, vectors: int, arguments: Any):
+def _emit(builder: Any, product: Kind, rows: int, vectors: int, arguments: Any):
     """C (+)= A B for so many rows and vectors, a loop over K."""
-    (kind, adds, tiled), (a, lda, b, ldb, step_b, c, ldc, k) = kind, arguments
+    kind, adds, tiled = product
+    a, lda, b, ldb, step_b, c, ldc, k = arguments
     # A constant where it can be one: an address of its own for each vector else.
     width = step_b if tiled else _I64(LANES * _SIZES[kind])
 
