@@ -1,7 +1,9 @@
 """One layer's attention alone: ours and vLLM's CPU kernel in turn, in one process.
 
-Heads as SmolLM2's (9 query heads, 3 KV heads of size 64), S + W = 1,028. ``pair`` is
-the time per visible query-key pair, ours over stock's, which sees them all.
+Ours is what the engine does: where vLLM's kernel is the faster one (AMX, bfloat16), the
+queries that see everything are its work. Heads as SmolLM2's (9 query heads, 3 KV heads
+of size 64), S + W = 1,028. ``pair`` is the time per visible query-key pair, ours over
+stock's, which sees them all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 9, 3, 64, 128
 # name: (queries, tokens) of each request
 CASES = {
     "prefill_1000": [(1000, 1000)],
+    "prefill_2048": [(2048, 2048)],
     "chunk_7900": [(2048, 7900)],
     "decode_100": [(1, 100)],
     "decode_1": [(1, 900)],
@@ -57,11 +60,16 @@ class Case:
 
     def prepare(self) -> None:
         from vllm.platforms import current_platform
+        from vllm_sink_kernels.cpu import layouts
         from vllm_sink_kernels.cpu.heads import HeadCaches
         from vllm_sink_kernels.cpu.rows import Turns
 
+        from vllm_sink.attention import cpu_stock
+
         current_platform.import_kernels()
-        self.heads = [HeadCaches.of_layer(cache) for cache in self.caches]
+        self.kernel = cpu_stock.kernel_for(self.q.dtype, BLOCK_SIZE, HEAD_SIZE)
+        layout = self.kernel.layout if self.kernel else layouts.OWN
+        self.heads = [HeadCaches.of_layer(cache, layout) for cache in self.caches]
         angles = torch.randn(len(self.q), HEAD_SIZE // 2)
         self.turns = Turns(((angles.cos(), angles.sin()),), True)
         self.pages = [cache.chunk(2, dim=2) for cache in self.caches]
@@ -69,20 +77,31 @@ class Case:
         self.seq_lens = torch.tensor(self.lens, dtype=torch.int32)
 
     def sink(self) -> None:
-        from vllm_sink_kernels.cpu import attention, write
+        from vllm_sink_kernels.cpu import attention, layouts, write
         from vllm_sink_kernels.cpu.rows import Kind, Slots
 
+        from vllm_sink.attention.cpu_stock import StockRows
+
         kind = Kind(self.table, common.NUM_SINK_TOKENS, common.WINDOW_SIZE)
+        rows = None
+        if self.kernel is not None:
+            rows = StockRows.of_step(kind, self.starts, self.lens)
         plan = attention.plan(
             [kind],
             self.starts,
             self.lens,
             block_size=BLOCK_SIZE,
             group_size=NUM_HEADS // NUM_KV_HEADS,
+            skipped=None if rows is None else rows.counts,
         )
         slots = Slots.of_kinds([self.slots])
-        for heads in self.heads:
-            write.write_kv(*self.kv, heads, slots)
+        for heads, cache in zip(self.heads, self.caches, strict=True):
+            if heads.layout == layouts.OWN:
+                write.write_kv(*self.kv, heads, slots)
+            else:
+                self.kernel.write(*self.kv, cache, self.slots)
+            if rows is not None:
+                rows.attend(self.kernel, self.q, cache, self.out, scale=0.125)
             attention.attend(
                 self.q, heads, plan, self.out, scale=0.125, turns=self.turns
             )
@@ -137,7 +156,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each case")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     args = parser.parse_args()
-    table = common.Table("attention", "smollm2")
+    table = common.Table("attention", "smollm2", suffix=args.suffix)
     for dtype in args.dtypes:
         table.dtype = dtype
         for name in args.cases:

@@ -2,7 +2,8 @@
 
 Nobody should pay for a policy that changes nothing: sink and stock prefill the
 same prompts and decode them step by step in turn; the ratio of each pair of steps is
-what counts, whatever else the machine does.
+what counts, whatever else the machine does. With a ``--context`` past S + W: what the
+policy gains there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ BATCHES = (1, 4, 16, 64)
 CONTEXT = 900
 
 
-def measure(engines, tokens, batch: int, table, *, rounds: int, steps: int) -> None:
+def measure(
+    engines, tokens, batch: int, table, *, context: int, rounds: int, steps: int
+) -> None:
     """Seconds to the first tokens and of a decode step, and their ratios."""
     seconds: dict[str, dict[str, list[float]]] = {
         metric: {engine.name: [] for engine in engines} for metric in ("ttft", "step")
@@ -22,7 +25,7 @@ def measure(engines, tokens, batch: int, table, *, rounds: int, steps: int) -> N
         # Other prompts each time: nothing of them is in the prefix cache.
         offset = (i * 97 + batch) % 1000
         prompts = [
-            tokens[offset + 31 * j : offset + 31 * j + CONTEXT] for j in range(batch)
+            tokens[offset + 31 * j : offset + 31 * j + context] for j in range(batch)
         ]
         for engine in engines:
             for prompt in prompts:
@@ -42,9 +45,9 @@ def measure(engines, tokens, batch: int, table, *, rounds: int, steps: int) -> N
     for metric, of in seconds.items():
         for name, samples in of.items():
             milliseconds = [1e3 * x for x in samples]
-            table.add(name, f"{metric}_{batch}", CONTEXT, milliseconds, "ms")
+            table.add(name, f"{metric}_{batch}", context, milliseconds, "ms")
         ratios = [a / b for a, b in zip(of["sink"], of["stock"], strict=True)]
-        table.add("sink/stock", f"{metric}_{batch}", CONTEXT, ratios, "x")
+        table.add("sink/stock", f"{metric}_{batch}", context, ratios, "x")
 
 
 def main() -> None:
@@ -52,14 +55,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24, help="tokens a round")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--context", type=int, default=CONTEXT, help="of a prompt")
     args = parser.parse_args()
     rounds = 3 if args.quick else args.rounds
-    table = common.Table("batches", args.model)
-    tokens = common.prose(args.model, 1100 + 31 * max(args.batches) + CONTEXT)
+    table = common.Table("batches", args.model, suffix=args.suffix)
+    tokens = common.prose(args.model, 1100 + 31 * max(args.batches) + args.context)
+    max_model_len = max(1024, args.context + args.steps + 16)
     for dtype in args.dtypes:
         table.dtype = dtype
         engines = [
-            common.Engine(name, args.model, 1024, dtype, max_num_seqs=64)
+            common.Engine(name, args.model, max_model_len, dtype, max_num_seqs=64)
             for name in ("sink", "stock")
         ]
         for engine in engines:  # warm-up: compilation, allocation
@@ -67,7 +72,15 @@ def main() -> None:
             while engine.is_busy():
                 engine.step()
         for batch in args.batches:
-            measure(engines, tokens, batch, table, rounds=rounds, steps=args.steps)
+            measure(
+                engines,
+                tokens,
+                batch,
+                table,
+                context=args.context,
+                rounds=rounds,
+                steps=args.steps,
+            )
             table.save()
         for engine in engines:
             engine.close()

@@ -76,12 +76,16 @@ class Table:
 
     Args:
         dtype: Of the model and its cache in the rows that follow; may be set anew.
+        suffix: Of the file's name, for another machine's rows.
     """
 
-    def __init__(self, benchmark: str, model: str, dtype: str = "float32") -> None:
+    def __init__(
+        self, benchmark: str, model: str, dtype: str = "float32", suffix: str = ""
+    ) -> None:
         self.dtype = dtype
         self.benchmark = benchmark
-        self.path = RESULTS / f"{benchmark}.csv"
+        name = f"{benchmark}_{suffix}" if suffix else benchmark
+        self.path = RESULTS / f"{name}.csv"
         self.rows: list[dict[str, object]] = []
         self.common = {
             "benchmark": benchmark,
@@ -180,6 +184,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
     )
     result.add_argument("--quick", action="store_true", help="the README's figures")
+    result.add_argument(
+        "--suffix",
+        default="",
+        help="of the CSV's name: another machine's rows beside those that are there",
+    )
     return result
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     long = LONG if args.quick else FULL
     sink_length = args.sink_length or long[-1]
     stock_length = args.stock_length or (16384 if args.quick else 32768)
-    table = common.Table("stream", args.model)
+    table = common.Table("stream", args.model, suffix=args.suffix)
     tokens = common.prose(args.model, sink_length)
     max_model_len = sink_length + args.steps + 16
     contexts = [c for c in (*SHORT, *long) if c <= sink_length]

@@ -66,8 +66,10 @@ def begun_blocks(slots: torch.Tensor, block_size: int) -> torch.Tensor:
     return begun[~torch.isin(begun, full)]
 
 
-def faster_kernel(spec: AttentionSpec, dtype: torch.dtype, impls: Iterable[Any]):
-    """The :class:`StockKernel` that a group's layers borrow, or None.
+def faster_kernel(
+    spec: AttentionSpec, dtype: torch.dtype, impls: Iterable[Any]
+) -> StockKernel | None:
+    """The kernel that a group's layers borrow, or None.
 
     All layers of a group or none: layers that share a cache are in one.
 
@@ -81,9 +83,15 @@ def faster_kernel(spec: AttentionSpec, dtype: torch.dtype, impls: Iterable[Any])
             return None
     if spec.dtype != dtype:
         return None
-    return _faster_kernel(
-        dtype, spec.block_size, spec.head_size, os.environ.get(VARIABLE, "")
-    )
+    return kernel_for(dtype, spec.block_size, spec.head_size)
+
+
+def kernel_for(
+    dtype: torch.dtype, block_size: int, head_size: int
+) -> StockKernel | None:
+    """vLLM's kernel for these sizes where it is faster than ours and can be read."""
+    wish = os.environ.get(VARIABLE, "")
+    return _faster_kernel(dtype, block_size, head_size, wish)
 
 
 @functools.cache
