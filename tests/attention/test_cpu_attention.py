@@ -1,5 +1,6 @@
 """The CPU path's plan and tiles against the kernels' reference."""
 
+import functools
 import itertools
 import os
 import platform
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 from vllm_sink_kernels import reference
-from vllm_sink_kernels.cpu import attention, flash, layouts, write
+from vllm_sink_kernels.cpu import attention, flash, layouts, micro, native, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
@@ -196,6 +197,17 @@ def test_caches_of_any_dtype_and_head_size(dtype, dim, decode_queries):
     )
     rounding = torch.finfo(dtype).eps * want.abs() / 2
     assert ((out.float() - want).abs() <= rounding + 2e-5).all()
+
+
+@pytest.mark.parametrize("has_dot", [False, True])
+def test_bfloat16_with_and_without_products_of_pairs(has_dot, monkeypatch):
+    """Whichever of the two this CPU does not choose is right, too."""
+    if has_dot and not {"avx512bf16", "avx512f"} <= native.FEATURES:
+        pytest.skip("the CPU has none")
+    monkeypatch.setattr(micro, "HAS_DOT", has_dot)
+    monkeypatch.setattr(flash, "loop", functools.cache(flash.loop.__wrapped__))
+    for decode_queries in (0, 1000):
+        test_caches_of_any_dtype_and_head_size(torch.bfloat16, 40, decode_queries)
 
 
 @pytest.mark.parametrize(

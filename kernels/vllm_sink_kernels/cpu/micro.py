@@ -5,7 +5,7 @@ vectors: a product of up to :data:`ROWS` rows and a few vectors of columns keeps
 all sums in registers and reads the page in place, in its own dtype. The shape
 follows the machine's vector registers (:data:`LANES`, :data:`MAX_ROWS`); LLVM turns
 the same code into AVX2, AVX-512 or Neon. Where the CPU multiplies pairs of bfloat16
-(AVX512_BF16), keys stored as pairs are multiplied without a conversion.
+fast (AVX512_BF16 on Zen), keys stored as pairs are multiplied without a conversion.
 
 A page of a head is [2N, D] numbers. Its first half holds the keys with the token
 last, so that a vector is one dim of :data:`LANES` tokens and no sum runs across a
@@ -26,10 +26,12 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vllm_sink_kernels.cpu.layouts import PLAIN, TILED
-from vllm_sink_kernels.cpu.native import FEATURES, LANES
+from vllm_sink_kernels.cpu.native import CPU_NAME, FEATURES, LANES
 
-# Multiplies bfloat16 pairs into float32 sums.
-HAS_DOT = "avx512bf16" in FEATURES and LANES == 16
+# Whether products of bfloat16 pairs into float32 sums are used where there are any: on
+# an Emerald Rapids a tile of queries takes a fifth longer with them than with products
+# of float32, conversions included. On Zen's one unit they are twice the work.
+HAS_DOT = {"avx512bf16", "avx512f"} <= FEATURES and CPU_NAME.startswith("znver")
 # (vectors, most rows) of the products, widest first: 32 registers of 16 floats, or 16
 # registers of 8 (32 of 4 on other CPUs).
 TILES: tuple[tuple[int, int], ...] = ((4, 3), (2, 6), (1, 6), (1, 6))

@@ -52,6 +52,7 @@ def _cpu_features() -> frozenset[str]:
 
 
 FEATURES = _cpu_features()
+CPU_NAME = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
 # Floats of a vector.
 LANES = 16 if "avx512f" in FEATURES else 8
 # Numba's cache of a loop knows the loop's own file and what its closure holds, not
@@ -91,9 +92,7 @@ def compiled(signature: Any, name: str, *dtypes: torch.dtype) -> Callable:
     of two processes that keep different loops under one name the second forgets the
     first's, or gives its number to the other's code.
     """
-    machine = (
-        f"{config.CPU_NAME or llvmlite.binding.get_host_cpu_name()} {sorted(FEATURES)}"
-    )
+    machine = f"{CPU_NAME} {sorted(FEATURES)}"
     kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     full_name = "_".join([name, *kinds, f"{zlib.crc32(machine.encode()):08x}"])
 
