@@ -239,7 +239,7 @@ def test_pages_as_vllms_kernels_lay_them_out(layout, dim, policy, decode_queries
     caches = HeadCaches.of_layer(stored(pages, layout), layout)
     positions = torch.cat([torch.arange(s - n, s) for n, s in lengths])
     rows = table_rows(dim)
-    turns = Turns((Rotation(rows, True).turn(positions, sum(policy)),), True)
+    turns = Turns((RotaryTable(rows, True).turn(positions, sum(policy)),), True)
     attention.attend(q, caches, plan, out, scale=0.2, turns=turns)
     want = reference.sink_attention(
         q.float(),
