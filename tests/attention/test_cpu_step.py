@@ -14,7 +14,7 @@ def rotation() -> RotaryTable:
 
 def part(policy: tuple[int, int], turned: RotaryTable) -> cpu.SinkCpuMetadata:
     table = torch.zeros(2, 8, dtype=torch.int32)
-    rotations = {id(turned.cos_sin_cache): turned}
+    rotations = {id(turned.rows): turned}
     return cpu.SinkCpuMetadata(Kind(table, *policy), torch.zeros(3), rotations)
 
 

@@ -53,6 +53,21 @@ def test_a_layout_that_is_not_known_is_not_borrowed(monkeypatch):
     assert cpu_stock.measured_layout("new", torch.float32, N, 64) is None
 
 
+@x86
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_answers_wrong_is_not_borrowed(dtype, monkeypatch):
+    monkeypatch.setattr(cpu_stock.cpu_attn, "_get_attn_isa", lambda *x: "vec")
+    choose = cpu_stock._faster_kernel.__wrapped__
+    assert choose(dtype, N, 64, "always") is not None
+    run = cpu_stock.ops.cpu_attention_with_kv_cache
+
+    def sees_all(**arguments):
+        run(**{**arguments, "causal": False})
+
+    monkeypatch.setattr(cpu_stock.ops, "cpu_attention_with_kv_cache", sees_all)
+    assert choose(dtype, N, 64, "always") is None
+
+
 @pytest.mark.parametrize(
     "wish, isa, found",
     [
@@ -65,6 +80,7 @@ def test_a_layout_that_is_not_known_is_not_borrowed(monkeypatch):
 def test_where_it_is_the_faster_one(wish, isa, found, monkeypatch):
     monkeypatch.setattr(cpu_stock.cpu_attn, "_get_attn_isa", lambda *x: isa)
     monkeypatch.setattr(cpu_stock, "measured_layout", lambda *x: layouts.OWN)
+    monkeypatch.setattr(cpu_stock, "answers_right", lambda *x: True)
     choose = cpu_stock._faster_kernel.__wrapped__
     kernel = choose(torch.bfloat16, 128, 64, wish)
     assert kernel == (cpu_stock.StockKernel(isa, layouts.OWN) if found else None)

@@ -3,7 +3,8 @@
 Below S + W the policy is plain causal attention. Where the CPU has AMX, vLLM's kernel
 multiplies bfloat16 in its tiles and ours does not: those rows of a step are its work,
 and the cache is written in its layout, which our loops read for the rows that follow.
-The layout is measured at start: of a layout that isn't known nothing is borrowed.
+Both are tried at start: of a layout that isn't known, or a kernel that answers
+otherwise than torch, nothing is borrowed.
 """
 
 from __future__ import annotations
@@ -107,7 +108,10 @@ def _faster_kernel(
     if isa != "amx" and wish != "always":
         return None
     layout = measured_layout(isa, dtype, block_size, head_size)
-    return None if layout is None else StockKernel(isa, layout)
+    if layout is None:
+        return None
+    kernel = StockKernel(isa, layout)
+    return kernel if answers_right(kernel, dtype, block_size, head_size) else None
 
 
 def measured_layout(
@@ -126,6 +130,28 @@ def measured_layout(
             if torch.equal(expected.view(bits), page[0, 0].view(bits)):
                 return layout
     return None
+
+
+def answers_right(
+    kernel: StockKernel, dtype: torch.dtype, block_size: int, head_size: int
+) -> bool:
+    """Whether it attends as torch does on this machine: a block of tokens and more."""
+    length = block_size + block_size // 2 + 1
+    generator = torch.Generator().manual_seed(0)
+    q, key, value = torch.randn(3, length, 2, head_size, generator=generator).to(dtype)
+    pages = torch.zeros(2, 2, 2 * block_size, head_size, dtype=dtype)
+    kernel.write(key, value, pages, torch.arange(length))
+    kind = Kind(torch.tensor([[0, 1]], dtype=torch.int32), 0, length)
+    rows = StockRows.of_step(kind, [0, length], [length])
+    assert rows is not None
+    out = torch.zeros_like(q)
+    rows.attend(kernel, q, pages, out, scale=head_size**-0.5)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *[x.float().transpose(0, 1) for x in (q, key, value)], is_causal=True
+    ).transpose(0, 1)
+    error = (out.float() - want).abs().max()
+    # Weights and result are rounded; values are below 4 or so.
+    return bool(error <= 8 * torch.finfo(dtype).eps + 1e-5)
 
 
 @dataclass
