@@ -2,12 +2,20 @@
 
 from types import SimpleNamespace
 
-import flash_stand_in
 import pytest
 import torch
-from steps import SINKS, WINDOW, LayerInputs, Step, make_batch, make_builder, make_impl
-from test_layer import MIXED, check, forward
 
+from tests.gpu_path.steps import (
+    SINKS,
+    WINDOW,
+    LayerInputs,
+    Step,
+    make_batch,
+    make_builder,
+    make_impl,
+)
+from tests.gpu_path.test_layer import MIXED, check, forward
+from tests.kernels import flash_stand_in
 from vllm_sink.attention import gpu_flash
 
 
@@ -38,7 +46,7 @@ def hopper(monkeypatch):
         monkeypatch.setattr(gpu_flash, "is_hopper", lambda: True)
         monkeypatch.setattr(gpu_flash, "find_attention", lambda: record)
         monkeypatch.setattr(gpu_flash, "HEAD_SIZES", (64,))
-        monkeypatch.setattr(gpu_flash, "_verdicts", {})
+        monkeypatch.setattr(gpu_flash.FlashPrefill, "verdicts", {})
         logger = SimpleNamespace(info_once=lambda line, *x: lines.append(line % x))
         monkeypatch.setattr(gpu_flash, "logger", logger)
         return served, lines

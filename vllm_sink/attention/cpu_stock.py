@@ -146,8 +146,9 @@ def answers_right(
     assert rows is not None
     out = torch.zeros_like(q)
     rows.attend(kernel, q, pages, out, scale=head_size**-0.5)
+    by_head = [x.float().transpose(0, 1) for x in (q, key, value)]
     want = torch.nn.functional.scaled_dot_product_attention(
-        *[x.float().transpose(0, 1) for x in (q, key, value)], is_causal=True
+        by_head[0], by_head[1], by_head[2], is_causal=True
     ).transpose(0, 1)
     error = (out.float() - want).abs().max()
     # Weights and result are rounded; values are below 4 or so.

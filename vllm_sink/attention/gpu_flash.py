@@ -11,7 +11,7 @@ says why.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.logger import init_logger
@@ -28,9 +28,6 @@ HOPPER = (9, 0)
 # Where FlashAttention's window alone was timed against the kernel that it replaces.
 HEAD_SIZES = (128,)
 DTYPES = (torch.bfloat16, torch.float16)
-
-# What the device's check said of a shape, once a process: None is agreement.
-_verdicts: dict[Any, str | None] = {}
 
 
 def is_hopper() -> bool:
@@ -68,7 +65,14 @@ def why_not(args: AttentionArgs) -> str | None:
 
 
 class FlashPrefill:
-    """A layer's prompts in FlashAttention 3, if that can serve them here."""
+    """A layer's prompts in FlashAttention 3, if that can serve them here.
+
+    Attributes:
+        verdicts: What the check of a shape on the device said, once a process: of the
+            device, not of an engine. None is agreement.
+    """
+
+    verdicts: ClassVar[dict[Any, str | None]] = {}
 
     def __init__(self, args: AttentionArgs) -> None:
         self._args: AttentionArgs | None = args if is_hopper() else None
@@ -113,9 +117,9 @@ def choose(args: AttentionArgs) -> WindowPrefill | None:
     reason = why_not(args)
     if reason is None:
         key = (args.variant(), args.q.dtype, args.q.device)
-        if key not in _verdicts:
-            _verdicts[key] = find_fault(args)
-        reason = _verdicts[key]
+        if key not in FlashPrefill.verdicts:
+            FlashPrefill.verdicts[key] = find_fault(args)
+        reason = FlashPrefill.verdicts[key]
     if reason is not None:
         logger.info_once("Prompts are served by Triton: %s", reason)
         return None
