@@ -4,13 +4,14 @@
 
 Each mutant of ``tests/mutants.txt`` replaces one text of one file and runs the
 narrowest tests that should notice. Before, the same tests must pass without it.
-Exits with 1 if a mutant survives. ``--write`` puts what ran into the table of
-docs/testing.md, which keeps the rows of the other mutants.
+Exits with 1 if a mutant survives. ``--write`` puts what ran into
+tests/results/mutants.csv, which keeps the rows of the other mutants.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import re
 import shlex
@@ -21,16 +22,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".txt")
-PAGE = ROOT / "docs" / "testing.md"
-BEGIN, END = "<!-- mutants -->\n", "<!-- end of mutants -->\n"
+TABLE = ROOT / "tests" / "results" / "mutants.csv"
+COLUMNS = ["file", "mutant", "noticed_by", "date"]
 COPIED = "vllm_sink kernels tests scripts docs pyproject.toml README.md CHANGELOG.md"
 TIMEOUT = 300  # seconds of a target
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE}
-SURVIVED = "**survived**"
+SURVIVED = "survived"
 
 
 @dataclass(frozen=True)
@@ -181,26 +183,19 @@ def run(mutants: list[Mutant], writes: bool) -> dict[str, str]:
     return noticed
 
 
-def table(noticed: dict[str, str]) -> str:
-    """Markdown, a row a mutant of the list that has run."""
-    rows = ["| file | mutant | noticed by |", "|---|---|---|"]
-    for mutant in read():
-        if mutant.name in noticed:
-            file = mutant.file.removeprefix("kernels/").removeprefix("vllm_sink/")
-            rows.append(f"| {file} | {mutant.name} | {noticed[mutant.name]} |")
-    count = f"{len(rows) - 2} of the {len(read())} mutants on the list were run, "
-    count += f"{list(noticed.values()).count(SURVIVED)} of them survived."
-    return "\n".join([count, "", *rows, ""])
-
-
 def write(noticed: dict[str, str]) -> None:
-    """Into the page, beside what it has of other mutants."""
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    known, _, after = rest.partition(END)
-    rows = [line.split(" | ") for line in known.splitlines()[4:]]
-    all_of_them = {row[1]: row[2].removesuffix(" |") for row in rows} | noticed
-    PAGE.write_text(before + BEGIN + table(all_of_them) + END + after)
+    """Update the table: a row a mutant of the list that has ever run, in its order."""
+    with TABLE.open(newline="") as file:
+        rows = {row["mutant"]: row for row in csv.DictReader(file)}
+    today = date.today().isoformat()
+    for name, test in noticed.items():
+        rows[name] = {"mutant": name, "noticed_by": test, "date": today}
+    with TABLE.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for mutant in read():
+            if mutant.name in rows:
+                table.writerow(rows[mutant.name] | {"file": mutant.file})
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """The list of mutants fits the files that it mutates."""
 
+import csv
 from collections import Counter
 
 from tests import mutants
@@ -14,3 +15,22 @@ def test_each_old_text_occurs_once():
         changed = mutant.apply(text)
         assert changed != text
         compile(changed, mutant.file, "exec")
+
+
+def test_written_rows_stay_beside_others(tmp_path, monkeypatch):
+    """What ran replaces its row; what didn't stays; what left the list goes."""
+    first, second, third, *_ = mutants.read()
+    monkeypatch.setattr(mutants, "TABLE", tmp_path / "mutants.csv")
+    mutants.TABLE.write_text(
+        "file,mutant,noticed_by,date\n"
+        f"moved.py,{second.name},test_old,2000-01-01\n"
+        f"{first.file},{first.name},survived,2000-01-01\n"
+        "a.py,no mutant of the list,test_old,2000-01-01\n"
+    )
+    mutants.write({first.name: "test_new", third.name: mutants.SURVIVED})
+    with mutants.TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mutant"] for row in rows] == [first.name, second.name, third.name]
+    assert [row["file"] for row in rows] == [first.file, second.file, third.file]
+    assert [row["noticed_by"] for row in rows] == ["test_new", "test_old", "survived"]
+    assert rows[1]["date"] == "2000-01-01" != rows[0]["date"] == rows[2]["date"]
