@@ -1,6 +1,7 @@
 """The list of mutants fits the files that it mutates."""
 
 import csv
+import shlex
 from collections import Counter
 
 from tests import mutants
@@ -15,6 +16,13 @@ def test_each_old_text_occurs_once():
         changed = mutant.apply(text)
         assert changed != text
         compile(changed, mutant.file, "exec")
+
+
+def test_each_target_is_there():
+    """A missing path would end the run half-way."""
+    for mutant in mutants.read():
+        files = [word for word in shlex.split(mutant.target) if "/" in word]
+        assert files and all((mutants.ROOT / file).exists() for file in files), mutant
 
 
 def test_written_rows_stay_beside_others(tmp_path, monkeypatch):
