@@ -1,4 +1,4 @@
-"""The record of an engine: what is known about it in one process.
+"""The record of an engine: its configuration, and what was found out about it.
 
 A setting travels ``--additional-config`` -> :class:`Engine` -> spec -> block manager.
 The record is made where the engine's first module is built
@@ -34,7 +34,7 @@ BACKEND_NAME = "SINK"
 
 
 class Engine:
-    """One engine, as long as its configuration lives.
+    """The record of one engine in one process; lives as long as its configuration.
 
     Attributes:
         is_checked: Nothing in the configuration had to be refused.
@@ -66,7 +66,7 @@ class Engine:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Engine:
-        """The record of the engine that ``vllm_config`` describes; made if need be.
+        """The record of the engine that ``vllm_config`` describes, made if need be.
 
         Raises:
             ValueError: The ``sink`` section can't be read, by name.
@@ -128,7 +128,7 @@ class Engine:
         self._head_groups = weakref.ref(groups)
 
     def once(self, name: str, work_out: Callable[[], T]) -> T:
-        """What ``work_out`` answered when ``name`` was asked for first."""
+        """The value of ``work_out``, which is called for a ``name`` once."""
         if name not in self._known:
             self._known[name] = work_out()
         return self._known[name]
@@ -136,7 +136,7 @@ class Engine:
     # -- start ----------------------------------------------------------------
 
     def finish_loading(self, spec: AttentionSpec) -> None:
-        """Call what waits for the loaded model, the first time.
+        """Call :attr:`when_loaded`, once.
 
         Raises:
             ValueError: A layer doesn't obey the policy, by name.

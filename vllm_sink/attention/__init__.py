@@ -1,1 +1,1 @@
-"""What vLLM asks of an attention backend, on the CPU and the GPU."""
+"""The attention backend, on the CPU and the GPU."""

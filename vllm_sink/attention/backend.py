@@ -1,4 +1,4 @@
-"""The ``SINK`` attention backend: what vLLM asks of a backend class.
+"""The ``SINK`` attention backend, as a class that vLLM can ask.
 
 vLLM asks classes, not instances, and tells them neither engine nor layer. So each
 layer gets a class of its engine and of its kind of heads (:func:`place_layer`).
@@ -80,7 +80,7 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def _serves_in_triton(cls) -> bool:
-        """On GPUs; on a CPU where the settings ask for Triton's interpreter."""
+        """Whether Triton kernels serve: on GPUs, and where they are interpreted."""
         if not current_platform.is_cpu():
             return True
         engine, vllm_config = cls.engine, get_current_vllm_config_or_none()
@@ -155,7 +155,7 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention becomes the sink policy; other windows stay what they are.
+        """The spec of a layer: full attention comes under the policy, own windows stay.
 
         vLLM asks once the model is loaded, before it profiles, compiles and captures,
         so this is where the rotation is measured.
@@ -177,7 +177,9 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def refuse_unsupported(cls, selector: Any) -> None:
-        """What :meth:`validate_configuration` is to CUDA, for the CPU platform.
+        """Refuse what this backend does not do, on the CPU.
+
+        CUDA and ROCm call :meth:`validate_configuration` instead.
 
         Raises:
             ValueError: Names what this backend does not do.
@@ -248,7 +250,9 @@ def place_layer(engine: Engine, layer: Any) -> None:
 def bound(
     backend: type[SinkBackend], engine: Engine, *, is_retrieval: bool
 ) -> type[SinkBackend]:
-    """``backend`` for an engine's layers with heads of one kind; made once.
+    """The subclass of ``backend`` for an engine's layers with heads of one kind.
+
+    Made once.
 
     Args:
         backend: :class:`SinkBackend`, or what vLLM derives from it for a layer.

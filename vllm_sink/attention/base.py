@@ -1,4 +1,4 @@
-"""What the CPU path and the GPU path share: policy, rotation, layer settings.
+"""The common part of the CPU path and the GPU path: policy, rotation, settings.
 
 The engine's record (:mod:`vllm_sink.engine`) has the policy; ``customize_spec`` puts
 it into the spec, which is pickled to the engine core. :class:`SinkBuilderBase` checks
@@ -60,7 +60,7 @@ M = TypeVar("M")
 
 
 class Step:
-    """What the builders of an engine's groups of heads make of one step.
+    """One step, as the builders of all groups of heads describe it.
 
     Args:
         key: An object that only this step's groups have.
@@ -78,7 +78,7 @@ class Step:
 
 
 class SinkBuilderBase(AttentionMetadataBuilder[M]):
-    """Knows the policy of a group of layers and the rotation of their keys."""
+    """A metadata builder that knows its layers' policy and their keys' rotation."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.policy = RetentionPolicy(0, windows.pop())
 
     def _check_tables(self, vllm_config: VllmConfig) -> None:
-        """Whatever was measured has a row for every position, turned or not."""
+        """Refuse a measured table that is a row short, whether or not it turns."""
         max_model_len = vllm_config.model_config.max_model_len
         for name, layer in self.layers.items():
             rotation = measured_rotation(self.engine, layer)
@@ -153,7 +153,7 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             self.rotations[id(rotation.rows)] = rotation
 
     def join_step(self, common: CommonAttentionMetadata, metadata: Any) -> Step:
-        """Make a group's metadata a part of its step, which the first group begins.
+        """Add a group's metadata to its step; the first group begins the step.
 
         vLLM builds group by group, from copies of one ``common`` that share the
         tensor compared here.
@@ -208,8 +208,8 @@ class SinkImplBase(AttentionImpl[M]):
         self.writes_cache = kv_sharing_target_layer_name is None
         self.sink_logits = sinks
         self.heads_counted = False  # against the model's: head_counts
-        # A companion for each KV head if they are of two kinds: cache.heads.
+        # A companion for each KV head if they are of two kinds: cache.head_caches.
         self.heads: tuple[HeadCache, ...] | None = None
-        # Set by the builder, which sees the layers; None: no turn. Which of the
-        # heads turn, and where, is their policies' matter.
+        # Set by the builder, which sees the layers; None: no turn. The policies say
+        # which heads turn, and where.
         self.rotation: RotaryTable | None = None

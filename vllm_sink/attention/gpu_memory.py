@@ -1,4 +1,4 @@
-"""What very long streams cost a GPU engine beside the KV cache, which stays small.
+"""Memory that very long streams take on a GPU beside the KV cache.
 
 vLLM keeps arrays of ``max_num_seqs`` rows whose length follows ``max_model_len``,
 whatever attention retains: the tokens of every request, and block tables. At a
@@ -16,7 +16,7 @@ _INT32 = 4
 
 
 def preferred_block_size(default: int, max_model_len: int) -> int:
-    """Tokens a block: the default, doubled while block tables are long.
+    """Tokens a block: the default, doubled until block tables are short enough.
 
     A block table has an entry for each block of ``max_model_len`` and is copied for
     every request in every step. Larger blocks free the gap later: of the window's
@@ -42,7 +42,7 @@ def long_stream_bytes(
 
 
 def long_stream_warning(vllm_config: VllmConfig, num_groups: int = 1) -> str | None:
-    """What to say where ``max_model_len`` times ``max_num_seqs`` is dear, or None."""
+    """Warning that ``max_model_len`` times ``max_num_seqs`` is dear, or None."""
     max_model_len = vllm_config.model_config.max_model_len
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     block_size = vllm_config.cache_config.block_size

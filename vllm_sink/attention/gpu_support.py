@@ -1,4 +1,4 @@
-"""What the GPU path runs on; asked by vLLM's backend selector, needs no Triton.
+"""GPUs, head sizes and dtypes that the GPU path supports; needs no Triton.
 
 The kernels are compiled ahead of time for sm_80, sm_90, sm_100, sm_120, gfx942
 and gfx950 (tests/kernels_aot). CUDA devices in between (8.6, 8.9) get the tiles
@@ -25,7 +25,7 @@ def supports_head_size(head_size: int) -> bool:
 
 
 def supports_capability(capability: Any) -> bool:
-    """``capability``: (major, minor) as vLLM counts them, ROCm included."""
+    """Whether a GPU is supported; ``capability`` is vLLM's (major, minor), ROCm too."""
     if current_platform.is_rocm():
         return tuple(capability) in ROCM
     return current_platform.is_cuda() and tuple(capability) >= MIN_CUDA
@@ -34,7 +34,7 @@ def supports_capability(capability: Any) -> bool:
 def refusal(
     head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, capability: Any
 ) -> str | None:
-    """What vLLM's own reasons ("head_size not supported") leave unsaid, or None."""
+    """Reason this combination is unsupported, or None; vLLM adds its own."""
     if not supports_capability(capability):
         return (
             "--attention-backend sink needs CUDA of compute capability 8.0 or later, "

@@ -1,1 +1,1 @@
-"""Which blocks a request holds: vLLM's spec, its manager, the counters."""
+"""The KV cache of a request: spec, block manager, caches of heads, counters."""

@@ -1,4 +1,4 @@
-"""A KV head is a layer to vLLM's allocator: caches for heads of two policies.
+"""KV caches of single heads, for layers whose heads have two policies.
 
 Where a layer has heads of both kinds, each of its local KV heads gets a *companion*
 (:class:`HeadCache`): an entry of vLLM's ``static_forward_context`` that is no module
@@ -19,7 +19,7 @@ Nothing of vLLM is patched. What it needs to be told:
 * vLLM reads a layer's index from its name and accepts one number between dots.
 * Its grouping takes the smaller kind's size for all groups and deals heads out in
   turn. :class:`Padding` fills every worker's groups up to one size
-  (:mod:`vllm_sink.policy.grouping`), and the deal then gives each worker as many.
+  (:mod:`vllm_sink.policy.grouping`), so every worker gets the same groups.
 
 Where no layer has heads of both kinds there are no companions: the layers' own
 specs differ, and padding alone is added.
@@ -63,7 +63,7 @@ class HeadGroup:
 
 @dataclass(eq=False)
 class HeadGroups:
-    """All groups of heads of one engine in this process, in the builders' order.
+    """The groups of heads of one engine, in the order of their builders.
 
     Args:
         grouping: What vLLM's grouping comes to.
@@ -76,7 +76,7 @@ class HeadGroups:
     step: Any = None
 
     def register(self, heads: Iterable[HeadCache]) -> HeadGroup:
-        """The group of these heads; vLLM may make a group's builder again."""
+        """The group of these heads, made if need be: a builder may be made twice."""
         heads = tuple(heads)
         for group in self.groups:
             if set(group.heads) == set(heads):
@@ -132,7 +132,7 @@ class HeadCache(AttentionLayerBase):
 
 
 class Padding(HeadCache):
-    """A place in a group without a head: no tensor is its own, nothing is written."""
+    """A place in a group without a head: it has no tensor, nothing is written."""
 
 
 class LayerPadding(Padding):
@@ -151,7 +151,7 @@ def add_companions(
     backend: type,
     retrieval_backend: type,
 ) -> None:
-    """Give a layer that was just made its companions, or a policy as a whole.
+    """Give a new layer a companion for each KV head, or a policy as a whole.
 
     Args:
         layer: Registered in the current config's ``static_forward_context``.

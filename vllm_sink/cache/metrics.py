@@ -42,7 +42,7 @@ logger = init_logger("vllm.plugins.sink")
 
 @functools.cache
 def register_collector() -> None:
-    """Name the folder and read it on every scrape; once in a server's processes.
+    """Name the folder of a server's counters, and read it on every scrape.
 
     Called wherever the plugin loads. The process that ``multiprocessing`` didn't
     start is the server (or the user's own): its children inherit the variable. A
@@ -68,7 +68,7 @@ def register_collector() -> None:
 
 
 class _FolderCollector:
-    """Metrics of all engine cores, summed."""
+    """A collector of the metrics of all engine cores, summed."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class _FolderCollector:
 
 
 class SinkMetrics:
-    """The values of this process; :meth:`add` is the only operation."""
+    """The metrics of this process; :meth:`add` is the only operation."""
 
     def __init__(self, folder: str) -> None:
         from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -111,7 +111,7 @@ class SinkMetrics:
 
 
 def _with_room(folder: str, name: str) -> str:
-    """A file whose pages the disk has.
+    """Reserve the disk's room for a file of metrics.
 
     prometheus_client makes it sparse and maps it: the first write to a page that a
     full disk has no room for would end the engine core with SIGBUS.
@@ -138,7 +138,7 @@ def metrics() -> SinkMetrics | None:
 
 @functools.cache
 def _metrics_in(folder: str, pid: int) -> SinkMetrics | None:
-    """Made once a process: a forked child has a pid, and files, of its own."""
+    """The metrics of a process, by its pid: a forked child has files of its own."""
     try:
         return SinkMetrics(folder)
     except OSError as error:

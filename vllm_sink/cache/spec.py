@@ -1,4 +1,4 @@
-"""What one sink layer asks of the KV cache."""
+"""KV cache specs of layers and heads under the policy."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SinkSpec(SlidingWindowSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """vLLM's, with the layers counted; a merged spec may be merged again."""
+        """The spec of a group, with its layers counted; may be merged again."""
         merged = super().merge(specs)  # an AssertionError tells vLLM: not one group
         count = sum(spec.num_layers or 1 for spec in specs)
         return replace(merged, num_layers=count)
@@ -110,9 +110,9 @@ class SinkSpec(SlidingWindowSpec):
 
     @property
     def num_retained_tokens(self) -> int:
-        """None: vLLM 0.33 would null the sinks' entries of the block table.
+        """0: no entry of a block table is nulled, the sinks' least of all.
 
-        Its model runner V2 (the default on CUDA) points every entry below
+        vLLM 0.33's runner V2 (the default on CUDA) points every entry below
         ``num_computed_tokens - num_retained_tokens`` at the null block, block 0,
         because a sliding window never reads a skipped head. Here the head is the
         sinks. 0 switches that off; our kernels never read the gap's entries, so
@@ -142,9 +142,9 @@ class SinkSpec(SlidingWindowSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnWindowSpec(SlidingWindowSpec):
-    """vLLM's spec of a layer with a window of its own: like no :class:`SinkSpec`.
+    """A layer with a window of its own, never in a group with a :class:`SinkSpec`.
 
-    Its manager is vLLM's own. Only what it is grouped with is ours to say.
+    vLLM's own manager serves it.
     """
 
     @classmethod
@@ -163,7 +163,7 @@ class OwnWindowSpec(SlidingWindowSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalSpec(FullAttentionSpec):
-    """Full attention of retrieval heads: vLLM's own, but for its counted manager."""
+    """Full attention of retrieval heads, whose manager counts its blocks."""
 
     @classmethod
     def from_full(cls, spec: FullAttentionSpec) -> RetrievalSpec:
@@ -171,7 +171,7 @@ class RetrievalSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """vLLM's, for specs of this class alone: it takes a subclass for its base."""
+        """The spec of a group; vLLM would merge a subclass with its base."""
         assert all(isinstance(spec, RetrievalSpec) for spec in specs), specs
         return super().merge(specs)
 

@@ -1,1 +1,1 @@
-"""Where the plugin meets vLLM's engine and Ray."""
+"""The seams with vLLM's engine, its platforms and Ray."""

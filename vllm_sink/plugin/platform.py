@@ -24,9 +24,9 @@ _CpuPlatform = resolve_obj_by_qualname(builtin_platform_plugins["cpu"]())
 
 
 class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
-    """vLLM's CPU platform plus one more attention backend, and Ray."""
+    """vLLM's CPU platform, with one more attention backend and with Ray."""
 
-    takes_sink = True  # policy.refusals asks: the platform below ignores the flag
+    takes_sink = True  # start.checks asks: the platform below ignores the flag
 
     @property
     def ray_device_key(self) -> str:
@@ -60,7 +60,7 @@ class SinkCpuPlatform(_CpuPlatform):  # type: ignore[valid-type, misc]
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        """vLLM's, with llvmlite (Numba's compiler) out of its sight.
+        """Register vLLM's overrides; hides llvmlite from vLLM's module scan.
 
         vLLM looks through the globals of every module and asks each value for
         ``__dict__``. ``llvmlite.binding.ffi.lib`` forwards that question to a C

@@ -24,7 +24,7 @@ class CpuRayExecutor(RayExecutorV2):
     """``--distributed-executor-backend ray`` where there are only CPUs."""
 
     def _init_executor(self) -> None:
-        """Name no class to the workers; keep them out of the engine core's bundle.
+        """Start workers that need no class of ours, outside the engine core's bundle.
 
         A node without this package couldn't unpickle a configuration that names
         this class, and would give a less clear error than the backend's member
@@ -50,7 +50,7 @@ class CpuRayExecutor(RayExecutorV2):
         self._delete_queue_names()
 
     def _delete_queue_names(self) -> None:
-        """The workers' response queues live on without a name in /dev/shm.
+        """Take the workers' response queues out of /dev/shm; both ends keep them.
 
         Both ends have mapped them by now. vLLM ends its Ray workers by killing them,
         and those alone would delete their queues: up to 240 MiB each would stay.
@@ -61,7 +61,7 @@ class CpuRayExecutor(RayExecutorV2):
                 Path("/dev/shm", name).unlink(missing_ok=True)
 
     def collective_rpc(self, *args, **kwargs) -> Any:
-        """vLLM's; with a clear error once a worker has died.
+        """Call every worker; a clear error once one has died.
 
         A thread of vLLM's shuts the executor down then, maybe in the middle of
         this call, which fails in one of several ways: an assertion about follower

@@ -1,4 +1,4 @@
-"""What Ray Serve LLM lacks; scripts/serve_ray.yaml chooses it.
+"""An ingress and a router for Ray Serve LLM; scripts/serve_ray.yaml names them.
 
 Ray Serve 2.60 ends the HTTP response of a stream whose replica died as if it
 were complete; only ``[DONE]`` is missing, which most clients don't look for
@@ -41,17 +41,17 @@ class SinkIngress(OpenAiIngress):
 
 
 class SinkRouter(PrefixCacheAffinityRouter):
-    """Ray Serve LLM's router by prefix, for token ids, too."""
+    """Ray Serve LLM's router by prefix, which takes prompts of token ids, too."""
 
     def _extract_text_from_request(self, pending_request: Any) -> str:
-        """Any text but an empty one; requests without a prompt share one."""
+        """A text, never an empty one; requests without a prompt share one."""
         try:
             return super()._extract_text_from_request(pending_request) or " "
         except ValueError:  # neither messages nor a prompt: embeddings of one, say
             return " "
 
     def _coerce_to_text(self, value: Any) -> str:
-        """Equal ids at the front are an equal prefix."""
+        """A text of which equal ids at the front are an equal prefix."""
         if isinstance(value, int):
             return f"{value} "
         return super()._coerce_to_text(value)

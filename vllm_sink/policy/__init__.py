@@ -1,1 +1,1 @@
-"""What the user asks for, and what is kept: settings and pure arithmetic."""
+"""The settings, and the policy as pure arithmetic."""

@@ -21,7 +21,7 @@ SinkPositions = Literal["cache", "absolute"]
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """The policy, as the user gives it.
+    """The settings of the policy.
 
     Args:
         num_sink_tokens: S >= 0; 0 is a plain sliding window.
@@ -98,7 +98,7 @@ class SinkConfig:
 
     @property
     def has_retrieval(self) -> bool:
-        """Whether retrieval heads are asked for, though there may be none."""
+        """Whether the settings ask for retrieval heads; there may be none."""
         return self.retrieval_heads is not None or self.retrieval_layers is not None
 
     @property
@@ -125,7 +125,7 @@ class SinkConfig:
         return RetentionPolicy(self.num_sink_tokens, self.window_size)
 
     def clipped(self, max_model_len: int) -> SinkConfig:
-        """The same for requests of at most ``max_model_len`` tokens.
+        """These settings for requests of at most ``max_model_len`` tokens.
 
         Heads of two kinds whose windows are then equal are of one kind: the settings
         come back without retrieval heads.
@@ -179,7 +179,7 @@ class SinkConfig:
 
 
 def has_section(additional_config: Any) -> bool:
-    """Whether the user asks for the policy, whatever the section says."""
+    """Whether ``additional_config`` has a section, whatever it says."""
     return isinstance(additional_config, dict) and SECTION in additional_config
 
 

@@ -1,4 +1,4 @@
-"""How the heads of two policies share one pool of blocks: pure arithmetic.
+"""Groups of heads of two policies in one pool of blocks: pure arithmetic.
 
 vLLM's pool has blocks of one size: the pages of ``size`` heads for some tokens. A
 *group* is ``size`` heads of one policy with one block table. Every worker has the
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from vllm_sink.policy.head_map import HeadMap, heads_of_rank
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
 
-# Groups cost the scheduler and the planning of a step time, each its own.
+# Each group costs time in the scheduler and in the planning of a step.
 MAX_GROUPS = 8
-# How much longer than the streaming heads' budget a request is where memory matters.
+# Request length, in budgets, that the grouping is optimised for.
 LENGTHS_IN_BUDGETS = 8
 
 
@@ -88,7 +88,7 @@ def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
 def heads_of_workers(
     heads: HeadMap, num_ranks: int, rank: int
 ) -> tuple[range, dict[range, tuple[int, int]]]:
-    """A rank's heads, and (retrieval, streaming) of every rank's heads, all layers.
+    """The heads of ``rank``, and counts (retrieval, streaming) for every rank's heads.
 
     Layers are counted instead of heads where no layer is split.
     """
@@ -104,7 +104,7 @@ def heads_of_workers(
 
 @dataclass(frozen=True)
 class RequestMemory:
-    """What one request holds on a worker whose heads are of two kinds.
+    """Memory of one request on a worker whose heads are of two kinds.
 
     Args:
         grouping: The worker's groups.
@@ -141,5 +141,5 @@ class RequestMemory:
         return self.pool_block_bytes * self.blocks(num_tokens, in_flight_tokens)
 
     def dense_bytes(self, num_tokens: int) -> int:
-        """Of stock attention, in its own groups."""
+        """Bytes of a request under stock attention, in its own groups."""
         return self.num_heads * self.head_bytes * cdiv(num_tokens, self.block_size)

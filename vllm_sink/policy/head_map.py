@@ -1,4 +1,4 @@
-"""Which KV heads are retrieval heads: scores and the choice among them.
+"""The map of retrieval heads, chosen by score.
 
 A *retrieval head* keeps everything (or a window of its own), a *streaming head*
 the sinks and the window (DuoAttention, arXiv 2410.10819). All query heads of a
@@ -20,7 +20,7 @@ from typing import Any
 Scores = list[list[float]]
 # A score from which a head is a retrieval head where no fraction is given.
 THRESHOLD = 0.5
-# How far beyond 0 and 1 a trained score may overshoot and still be meant so.
+# A trained score may be this far below 0 or above 1.
 OVERSHOOT = 0.1
 # Facts of a model that the JSON beside a pattern may state.
 FACTS = ("model_type", "hidden_size", "num_attention_heads")
@@ -28,7 +28,7 @@ FACTS = ("model_type", "hidden_size", "num_attention_heads")
 
 @dataclass(frozen=True)
 class HeadMap:
-    """The KV heads of a whole model, not of a tensor-parallel rank.
+    """A kind for each KV head of a whole model, not of a tensor-parallel rank.
 
     Args:
         is_retrieval: [layers][KV heads], true for a retrieval head.
@@ -70,7 +70,7 @@ class HeadMap:
         return sum(layer[head] for layer in self.is_retrieval for head in heads)
 
     def values(self) -> list[list[int]]:
-        """As ``retrieval_heads`` takes it: 1 a retrieval head, 0 a streaming one."""
+        """The map as a setting: 1 is a retrieval head, 0 a streaming one."""
         return [[int(head) for head in layer] for layer in self.is_retrieval]
 
 
@@ -93,7 +93,7 @@ class ModelShape:
 
 
 def heads_of_rank(rank: int, num_ranks: int, num_kv_heads: int) -> range:
-    """The KV heads that a tensor-parallel rank holds; fewer than ranks: shared."""
+    """The KV heads that a tensor-parallel rank holds; shared if fewer than ranks."""
     if num_kv_heads >= num_ranks:
         share = num_kv_heads // num_ranks
         return range(rank * share, (rank + 1) * share)

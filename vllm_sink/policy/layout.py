@@ -38,10 +38,7 @@ class RetentionPolicy:
         return self.num_sink_tokens + self.window_size
 
     def clipped(self, max_model_len: int) -> RetentionPolicy:
-        """The same policy of requests of at most ``max_model_len`` tokens.
-
-        No number of it exceeds that length, so that it fits the kernels' 32 bits.
-        """
+        """S and W capped at ``max_model_len``, so they fit in int32."""
         return RetentionPolicy(
             min(self.num_sink_tokens, max_model_len),
             min(self.window_size, max_model_len),

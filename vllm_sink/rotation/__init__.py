@@ -1,1 +1,1 @@
-"""How the loaded model rotates its keys: measured, never guessed."""
+"""The rotation of the loaded model's keys: measured, never guessed."""

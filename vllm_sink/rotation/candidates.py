@@ -1,4 +1,4 @@
-"""The tables of a model that may rotate a layer, and whether one does.
+"""The tables of a model that may rotate a layer, and how well each fits.
 
 Rows at position p differ from the row at position 0 by R(p) R(0)^-1. A
 :class:`RotaryTable` predicts that from its own rows; it explains what was seen if
@@ -94,7 +94,7 @@ def _computed(
 def misfit(
     seen: torch.Tensor, positions: torch.Tensor, table: RotaryTable | None
 ) -> tuple[float, int]:
-    """How far rows are from where ``table`` predicts them, and at which position.
+    """The largest distance of rows from ``table``'s prediction, and its position.
 
     Args:
         seen: [G, P, H, D] float32; G tokens at P positions, the first of them 0.

@@ -38,7 +38,7 @@ def trained_length(engine: Engine) -> int:
 def make_exact(
     root: torch.nn.Module, table: RotaryTable, num_trained: int, num_positions: int
 ) -> RotaryTable | None:
-    """Give ``table`` exact angles, in place; None: it can't be done.
+    """Give ``table`` exact angles, in place; None where that can't be done.
 
     Args:
         root: The model that holds it.
@@ -121,7 +121,7 @@ def write_rows(
 
 
 class ExactRotary(torch.nn.Module):
-    """In place of a Hugging Face rotary module: rows of a table, no angles.
+    """A Hugging Face rotary module that reads rows of a table instead of angles.
 
     Args:
         table: [P, R], cos then sin.
@@ -173,7 +173,7 @@ def _replace_module(
 
 
 def _exact_rotary(table: RotaryTable, num_positions: int) -> ExactRotary | None:
-    """A module that answers as ``table``'s does at small positions."""
+    """A module that returns what ``table``'s does at small positions."""
     assert table.frequencies is not None
     frequencies = table.frequencies.double()
     magnitude = torch.full_like(frequencies, table.scaling)

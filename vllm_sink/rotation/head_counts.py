@@ -1,4 +1,4 @@
-"""Are vLLM's numbers of heads the model's? Asked of the rows that reach attention.
+"""A check of vLLM's numbers of heads against the rows that reach attention.
 
 vLLM views what a model gives its attention as rows of so many heads. Where the
 configuration says another number (``num_key_value_heads`` of GPT-BigCode, which has
@@ -49,7 +49,7 @@ def check_head_counts(engine: Engine, layers: dict[str, Any]) -> None:
 def refuse_other_heads(
     name: str, layer: Any, tokens: int, queries: int, keys: int | None
 ) -> None:
-    """Refuse rows that are not one a token.
+    """Refuse queries or keys that are not one row a token.
 
     Args:
         layer: Has ``num_heads`` and ``num_kv_heads``, a worker's.

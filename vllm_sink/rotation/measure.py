@@ -1,4 +1,4 @@
-"""Measure, on the loaded model, which table rotates each attention layer.
+"""The measurement, on the loaded model, of the table that rotates each layer.
 
 Runs when vLLM first asks the backend for a layer's KV cache spec: the model is
 loaded (adapters and drafters too) and nothing was profiled, compiled or captured,
@@ -39,7 +39,7 @@ Candidates = list[RotaryTable | None]
 
 
 def measure_loaded_model(engine: Engine) -> None:
-    """Measure the layers of an engine whose model is loaded; once each.
+    """Measure the rotation of each layer of an engine's loaded model, once.
 
     Rotations are needed where queries are turned, and where positions exceed the
     trained length: the model's tables are then made exact.
@@ -69,7 +69,7 @@ def _turns_queries(engine: Engine) -> bool:
 
 
 def measure_rotations(engine: Engine, layers: dict[str, Any]) -> None:
-    """Measure those of ``layers`` that were not; answers in ``engine.rotations``."""
+    """Measure ``layers`` that are not in ``engine.rotations`` yet, and add them."""
     models: dict[int, tuple[torch.nn.Module, dict[str, Any]]] = {}
     for name, layer in layers.items():
         if layer in engine.rotations:
@@ -95,7 +95,7 @@ def measure_rotations(engine: Engine, layers: dict[str, Any]) -> None:
 def measure_model(
     engine: Engine, root: torch.nn.Module, layers: dict[str, Any]
 ) -> dict[str, RotaryTable | Unknown | None]:
-    """What rotates each of ``layers``, all of them in the model ``root``."""
+    """The table that rotates each of ``layers`` of the model ``root``."""
     why = _multidimensional(engine.vllm_config)
     if why is None:
         try:
@@ -107,7 +107,7 @@ def measure_model(
 
 
 def _multidimensional(vllm_config: VllmConfig) -> str | None:
-    """Why rows of positions can't be plain: images have several a token."""
+    """Reason that positions are multi-dimensional (images, audio), or None."""
     model = vllm_config.model_config
     media = model.multimodal_config
     if not model.uses_mrope or media is None or media.language_model_only:
@@ -169,7 +169,7 @@ class _Measurement:
         return found
 
     def _candidates(self, name: str) -> Candidates:
-        """Not rotated, or any of the model's tables, those of the owner first."""
+        """None (not rotated), then the model's tables, those of the owner first."""
         layer = self.layers[name]
         size = layer.head_size
         if size not in self.tables:
@@ -181,7 +181,7 @@ class _Measurement:
     def _positions_to_read(
         self, fits: dict[str, Candidates | Unknown], length: int
     ) -> int:
-        """The number of positions that every table in use has: past it is undefined."""
+        """The number of positions that every table in use has a row for."""
         rows = [length]
         for fit in fits.values():
             if isinstance(fit, list):
@@ -202,7 +202,7 @@ class _Measurement:
         positions: list[int],
         candidates: dict[str, Candidates],
     ) -> dict[str, Candidates | Unknown]:
-        """Of each layer's candidates those that explain what was seen."""
+        """The candidates of each layer that explain what was seen."""
         return {
             name: self._fitting(seen[name], torch.tensor(positions), some)
             for name, some in candidates.items()
@@ -249,7 +249,7 @@ class _Measurement:
     def _make_exact(
         self, fits: dict[str, Candidates | Unknown], positions: list[int]
     ) -> None:
-        """Exact angles past the trained length, and the same layers by them."""
+        """Give the tables in use exact angles past the trained length."""
         model = self.vllm_config.model_config
         length, trained = model.max_model_len, trained_length(self.engine)
         if length <= trained:
@@ -268,7 +268,7 @@ class _Measurement:
             fits.update(self._fit(self._probe(positions), positions, chosen))
 
     def _agree_with_shared_keys(self, fits: dict[str, Candidates | Unknown]) -> None:
-        """Layers that read another layer's keys turn as those were rotated."""
+        """Give layers that read another layer's keys the rotation of those."""
         for name, layer in self.layers.items():
             if layer.impl.writes_cache:
                 continue
@@ -297,7 +297,7 @@ def _name(table: RotaryTable | None) -> str:
 
 
 def _summary(found: dict[str, RotaryTable | Unknown | None]) -> str:
-    """How many layers by what."""
+    """The number of layers by table, for the log."""
     counts: dict[str, int] = {}
     for one in found.values():
         if isinstance(one, RotaryTable):

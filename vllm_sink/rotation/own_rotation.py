@@ -1,4 +1,4 @@
-"""Whether an override leaves the rotation of the model's positions as it is.
+"""A check that overrides leave the rotation of the trained positions as it is.
 
 ``--hf-overrides`` lengthens a rotary table, and may change it: LongRoPE's magnitude and
 dynamic NTK's base depend on ``max_position_embeddings``, and a table of another kind is
@@ -56,7 +56,7 @@ class Change:
 
 
 def changed_rotation(model: Any) -> Change | None:
-    """What ``--hf-overrides`` change in the model's rotation; None: nothing.
+    """The change of the model's rotation by ``--hf-overrides``, or None.
 
     Args:
         model: vLLM's ``ModelConfig``, before the model is built: some models change
@@ -85,7 +85,7 @@ def changed_rotation(model: Any) -> Change | None:
 
 
 def rotation_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Those overrides that the rotary table is made of."""
+    """The overrides that the rotary table is made of."""
     found: dict[str, Any] = {}
     for name, value in overrides.items():
         if name in ROTATION_KEYS:
@@ -96,7 +96,7 @@ def rotation_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remedy(model: Any, hf_config: Any, text_config: Any) -> str:
-    """What to type instead; tried before it is said."""
+    """The flag to type instead, which was tried here."""
     kept = table_length.without_rotation(model.hf_overrides)
     rest = f"pass {table_length.flag(kept)}" if kept else "drop --hf-overrides"
     most = own_max_model_len(text_config)
@@ -132,7 +132,7 @@ def rotation_change(
     max_model_len: int,
     given: Collection[str] = (),
 ) -> str | None:
-    """What another text config does to the rotation, as a clause; None: nothing.
+    """The effect of another text config on the rotation, as a clause, or None.
 
     Args:
         own: The text config of the model's files.
@@ -222,7 +222,7 @@ def _turned(
 
 @functools.cache
 def _settings() -> Any:
-    """What vLLM's modules are built under: nothing of the engine's."""
+    """The context in which vLLM's modules are built: none of the engine's settings."""
     from vllm.config import VllmConfig
 
     return VllmConfig()

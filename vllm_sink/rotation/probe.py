@@ -33,7 +33,7 @@ _TOKENS = (0.21, 0.52, 0.83)
 
 @dataclass(frozen=True)
 class Seen:
-    """What reached one attention layer: rows of tokens x positions.
+    """The q and k that reached one attention layer: rows of tokens x positions.
 
     Args:
         query, key: [G, P, heads, D] float32 on the CPU, G tokens at P positions.
@@ -53,7 +53,7 @@ def probe(
     vllm_config: VllmConfig,
     positions: list[int],
 ) -> dict[str, Seen]:
-    """Run ``root`` with tokens at ``positions``; what reached each layer.
+    """Run ``root`` with tokens at ``positions``; q and k of each layer.
 
     Args:
         root: A whole model: target or drafter.
@@ -96,7 +96,7 @@ def count_rows(
 
 
 def difference(one: Seen, other: Seen) -> float:
-    """How far two forwards are apart at their first position, both the same."""
+    """The largest difference of two forwards at their common first position."""
     apart = 0.0
     for a, b in ((one.query, other.query), (one.key, other.key)):
         if a is not None and b is not None:
@@ -132,7 +132,7 @@ def _arrange(
 
 @contextlib.contextmanager
 def _recorded(layers: dict[str, Any]) -> Iterator[dict[str, tuple]]:
-    """Attention returns zeros meanwhile, and its q and k are kept by layer."""
+    """While active, attention returns zeros and its q and k are kept by layer."""
     rows: dict[str, tuple] = {}
 
     def recorder(name: str, keeps_key: bool):
@@ -154,7 +154,7 @@ def _recorded(layers: dict[str, Any]) -> Iterator[dict[str, tuple]]:
 
 @contextlib.contextmanager
 def _hooked(root: torch.nn.Module, kinds: Any, hook: Any) -> Iterator[None]:
-    """Modules of these classes answer what ``hook`` makes of their output."""
+    """While active, modules of these classes return what ``hook`` returns."""
     hooks = [
         module.register_forward_hook(hook, with_kwargs=True)
         for module in root.modules()
@@ -174,7 +174,7 @@ def _held_embeddings(
     vllm_config: VllmConfig,
     positions: torch.Tensor,
 ) -> Iterator[None]:
-    """Learned positions answer as at the first position meanwhile.
+    """While active, learned embeddings return those of the first position.
 
     They are a part of the token's content and rotate nothing. Held are embeddings
     that are given the positions and answer a whole hidden state, wider than any
@@ -198,7 +198,7 @@ def _held_embeddings(
 
 @contextlib.contextmanager
 def _held_states(root: torch.nn.Module) -> Iterator[None]:
-    """Layers that carry a state from token to token add nothing meanwhile."""
+    """While active, layers that carry a state between tokens return zeros."""
 
     def zero(module, args, kwargs, result):
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -255,7 +255,7 @@ def _forward(
 def _intermediate(
     root: Any, vllm_config: VllmConfig, which: torch.Tensor
 ) -> IntermediateTensors | None:
-    """What the pipeline's previous rank would send: rows by token, not zeros."""
+    """The tensors that the pipeline's previous rank would send: noise by token."""
     from vllm.distributed import get_pp_group
 
     if get_pp_group().is_first_rank:
@@ -281,7 +281,7 @@ def _noise(which: torch.Tensor, shape, dtype, device) -> torch.Tensor:
 
 
 def _select_no_adapter(root: torch.nn.Module, count: int) -> None:
-    """LoRA layers read which adapter each row has: none."""
+    """Tell LoRA layers that no row has an adapter."""
     manager = getattr(root, "lora_manager", None)
     if manager is None:
         return

@@ -1,4 +1,4 @@
-"""The rows of vLLM's rotary table, and changes to a text config that only add some.
+"""The rows of vLLM's rotary table, and config changes that only add rows.
 
 YaRN's table has ``original_max_position_embeddings * factor`` rows. Its frequencies
 depend on ``factor`` and on ``original_max_position_embeddings / beta``: all three of
@@ -58,7 +58,7 @@ def rope_tables(text_config: Any) -> dict[str, dict[str, Any]]:
 
 
 def longer_table(text_config: Any, max_model_len: int) -> dict[str, Any] | None:
-    """Changes to a text config; None where none leaves the rotation as it is."""
+    """Config changes for a longer table of the same rotation; None without any."""
     before = rope_tables(text_config)
     tables, lengths = {}, []
     for key, table in before.items():

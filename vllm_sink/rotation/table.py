@@ -28,7 +28,7 @@ _CHUNK = 1 << 16  # rows written down at a time
 
 @dataclass(frozen=True, eq=False)
 class RotaryTable:
-    """The rows by which a model rotates queries and keys, stored or computed.
+    """A table of rows by which a model rotates queries and keys.
 
     Args:
         rows: [P, rotary_dim], row p = cos then sin of position p, both times the
@@ -50,12 +50,12 @@ class RotaryTable:
 
     @property
     def num_rows(self) -> int | None:
-        """Positions that it has; None: any."""
+        """Positions that it has a row for; None: any."""
         return None if self.rows is None else self.rows.shape[0]
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions that it rotates, a head's first."""
+        """Dimensions that it rotates: the first ones of a head."""
         if self.rows is not None:
             return self.rows.shape[1]
         assert self.frequencies is not None, "a table is stored or computed"
@@ -72,7 +72,7 @@ class RotaryTable:
         return rows.to(self.dtype)
 
     def stored(self, num_positions: int) -> RotaryTable:
-        """Itself where its rows are stored, else a copy with rows written down."""
+        """This table with its rows stored: itself, or a copy with rows computed."""
         if self.rows is not None:
             return self
         assert self.frequencies is not None, "a table is stored or computed"
@@ -119,7 +119,7 @@ class Unknown:
 
 
 def measured_rotation(engine: Engine, layer: torch.nn.Module) -> RotaryTable | None:
-    """What was found; None also where nothing was measured, or nothing fits."""
+    """The measured table; None also where nothing was measured, or nothing fits."""
     found = engine.rotations.get(layer)
     return found if isinstance(found, RotaryTable) else None
 

@@ -1,4 +1,4 @@
-"""How to have vLLM build a rotary table with a row for every position.
+"""Overrides with which vLLM builds a rotary table with a row for every position.
 
     python -m vllm_sink.rotation.table_length MODEL 1000000
 
@@ -34,7 +34,7 @@ ROTATION_KEYS = frozenset(
 
 
 def max_model_len_remedy(model_config: Any, max_model_len: int, rows: int) -> str:
-    """What to add to a command that asks for more positions than a table has rows.
+    """The remedy for a command that asks for more positions than a table has rows.
 
     Args:
         model_config: vLLM's, of the model whose table it is; None for a drafter,
@@ -84,7 +84,7 @@ def longer_overrides(
     max_model_len: int,
     others: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """``others`` and what makes the table long enough; None where nothing does.
+    """``others``, and overrides that make the table long enough; None without any.
 
     Args:
         hf_config, text_config: As the model's files have them.
@@ -142,7 +142,7 @@ def _load(
 
 
 def without_rotation(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Overrides less all that a rotary table is made of."""
+    """Overrides without those that a rotary table is made of."""
     kept = {}
     for name, value in overrides.items():
         if name in ROTATION_KEYS:

@@ -1,1 +1,1 @@
-"""The settings as values: sections and pattern files are read here, once."""
+"""The settings as values: pattern files are read once, where an engine begins."""

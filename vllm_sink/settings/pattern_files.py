@@ -1,4 +1,4 @@
-"""Pattern files: a score for each KV head, and what is known of the file.
+"""Pattern files: a score for each KV head, and the JSON that belongs to them.
 
 What belongs to a file is the JSON named after it, ``heads.tsv.meta.json`` beside
 ``heads.tsv``: the fraction, the model it was found for, the digest of its content
@@ -59,7 +59,7 @@ def read_scores(source: Any, shape: ModelShape) -> Scores:
 
 
 def recommended_fraction(source: Any) -> float | None:
-    """``retrieval_fraction`` of what belongs to the pattern files, if any.
+    """The ``retrieval_fraction`` in the JSON of the pattern files, if any.
 
     Raises:
         ValueError: It isn't a number from 0 to 1, or several files differ in it.
@@ -94,7 +94,7 @@ def check_model(source: Any, shape: ModelShape) -> None:
 
 
 def digest(content: str) -> str:
-    """Of a file of numbers, whatever the white space between them."""
+    """The digest of a file of numbers, whatever the white space between them."""
     return hashlib.sha256(" ".join(content.split()).encode()).hexdigest()[:16]
 
 
@@ -106,7 +106,7 @@ def _paths(source: Any) -> list[str]:
 
 
 def _meta(path: str) -> tuple[dict, str]:
-    """What is known of a pattern file, and the path of what tells it."""
+    """The facts in the JSON of a pattern file, and the JSON's path."""
     own = path + META_SUFFIX
     if os.path.isfile(own):
         meta = _read_object(own, f"mend it, or delete it to use {path!r} alone")
@@ -185,7 +185,7 @@ def _read_file(path: str, shape: ModelShape) -> Scores:
 
 
 def _parse_rows(content: str) -> list[list[float]]:
-    """Numbers between tabs, spaces or commas; ``#`` starts a comment's line."""
+    """Rows of numbers between tabs, spaces or commas; ``#`` starts a comment."""
     lines = (line.replace(",", " ").split() for line in content.splitlines())
     return [[float(x) for x in line] for line in lines if line and line[0][0] != "#"]
 

@@ -1,4 +1,4 @@
-"""The ``sink`` section as values: pattern files are read here, once.
+"""The ``sink`` section with paths replaced by values, read once.
 
 The first caller is the process that configures the engine. What it read replaces
 the path in ``additional_config``, which vLLM carries to every process.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def resolve(vllm_config: VllmConfig) -> SinkConfig:
-    """The settings, and ``vllm_config``'s section with values for paths.
+    """The settings of ``vllm_config``, whose section gets values for paths.
 
     Raises:
         ValueError: The section, a file or its shape, by name.
@@ -47,7 +47,7 @@ def resolve(vllm_config: VllmConfig) -> SinkConfig:
 
 
 def resolved(config: SinkConfig, shape: ModelShape) -> SinkConfig:
-    """Files read, fraction and layers applied: ``retrieval_heads`` of 0 and 1.
+    """The settings with ``retrieval_heads`` of 0 and 1: fraction and layers applied.
 
     Resolving again changes nothing.
 

@@ -1,1 +1,1 @@
-"""What every engine asks before it serves: checks, log lines, the hook."""
+"""The start of an engine: the hook, every check, log lines."""

@@ -1,4 +1,4 @@
-"""What an engine's settings ask for that the policy can't honour.
+"""Checks of an engine's configuration: settings that the policy can't honour.
 
 Each check is one function that looks at the configuration alone and refuses the first
 thing that must change, by :func:`vllm_sink.start.must.must`. :func:`check_settings`
@@ -70,7 +70,7 @@ def check_settings(engine: Engine) -> None:
 
 
 def _platform(engine: Engine) -> None:
-    """vLLM's own CPU platform ignores the selected backend."""
+    """Refuse vLLM's own CPU platform, which ignores the selected backend."""
     from vllm.platforms import current_platform
 
     name, value = "platform", type(current_platform).__name__
@@ -193,7 +193,7 @@ def _hybrid_manager(engine: Engine) -> None:
 
 
 def _own_rotation(engine: Engine) -> None:
-    """Overrides that rotate positions below the trained length in another way."""
+    """Refuse overrides that change the rotation below the trained length."""
     model = engine.vllm_config.model_config
     # Once: models change their config as they are built.
     change = engine.once("own rotation", lambda: changed_rotation(model))
@@ -210,7 +210,7 @@ def _own_rotation(engine: Engine) -> None:
 
 
 def _interpreter(engine: Engine) -> None:
-    """``triton_interpreter`` where the kernels would not be interpreted."""
+    """Refuse ``triton_interpreter`` where no kernel would be interpreted."""
     if not engine.config.triton_interpreter:
         return
     import torch
@@ -295,7 +295,7 @@ def _retrieval_heads(engine: Engine) -> None:
 
 
 def _own_windows(model: Any) -> bool:
-    """Whether some layers of the model have something else than full attention."""
+    """Whether some layers of the model have another kind than full attention."""
     kinds = getattr(model.hf_text_config, "layer_types", None) or ()
     return model.get_sliding_window() is not None or bool(
         set(kinds) - {"full_attention"}

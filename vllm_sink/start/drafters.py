@@ -1,4 +1,4 @@
-"""Speculative drafters: which can obey the policy, and how they come under it.
+"""Speculative drafters: refused, or brought under the policy.
 
 A drafter with a KV cache of its own is under the policy like the model it drafts
 for: stock attention would keep all of its cache, in a group of its own.

@@ -1,4 +1,4 @@
-"""The KV cache groups that vLLM built, compared with what the policy governs.
+"""A check of the KV cache groups that vLLM built: each obeys the policy.
 
 Whatever grouped the layers (vLLM's planning, a model's own, a platform's), and on
 whatever platform: once an engine core has its block managers and before it serves,
@@ -30,7 +30,7 @@ Placed = tuple[str, Any, int | None]
 
 
 def check_groups(engine_core: Any) -> None:
-    """Refuse an engine whose groups are not what the policy is for, or log the policy.
+    """Refuse an engine whose groups don't obey the policy; else log the policy.
 
     Raises:
         ValueError: Names the layer and its manager, or the model whose groups are

@@ -7,11 +7,11 @@ on it begins at the first module that is built under a configuration, on every
 platform and in every process that builds a model: torch calls :func:`on_module` for
 each, through its public registration hook.
 
-What happens there: the engine's record is made, its settings are checked, the drafter
-is put under the policy, and each attention layer gets its backend class and its heads.
-vLLM's ``Attention`` doesn't say to its backend which layer it is; here it has a name.
-What came of it is compared once more where the engine core has its block managers,
-before the first request: :mod:`vllm_sink.start.groups`.
+It makes the engine's record, checks the settings, puts the drafter under the policy,
+and gives each attention layer its backend class and its heads. vLLM's ``Attention``
+doesn't tell its backend which layer it is; the hook sees the layer.
+:mod:`vllm_sink.start.groups` compares the result, once the engine core has its block
+managers and before the first request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def install(unwatched: str | None = None) -> None:
 
 
 def on_module(unwatched: str | None, parent: Any, name: str, child: Any) -> None:
-    """A module is registered in another one, maybe under an engine's configuration.
+    """Prepare the engine under whose configuration a module is registered, if any.
 
     Raises:
         ValueError: What must change before the engine can start, by name.

@@ -1,6 +1,6 @@
-"""What only the loaded model can tell: do its layers obey the policy?
+"""A check of the loaded model: its layers obey the policy.
 
-Asked when the first metadata builder is made, which is the first of ours to see all
+Made when the first metadata builder is made, which is the first of ours to see all
 layers, the drafter's included, on both model runners; nothing has been served then.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refuse_layers(engine: Engine, _: AttentionSpec) -> None:
-    """Refuse a model whose layers don't obey the policy, or not all that should.
+    """Refuse a model with a layer that should obey the policy and doesn't.
 
     Raises:
         ValueError: Names the layer, what it does and what to change.
@@ -70,7 +70,7 @@ def refuse_layers(engine: Engine, _: AttentionSpec) -> None:
 
 
 def layer_specs(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What each layer, head and drafter's layer asks of the KV cache.
+    """The KV cache spec of each layer and head, a drafter's layers included.
 
     Layers that read another's cache are among them, with a spec like its owner's.
     """
@@ -96,10 +96,10 @@ def _layers(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def _refuse_lost_drafter(vllm_config: VllmConfig, specs: dict[str, Any]) -> None:
-    """Runner V1 gives a ``draft_model`` drafter the FIRST group's block table.
+    """Refuse a ``draft_model`` drafter that would write into the target's cache.
 
-    Whichever group its layers are in: with two it would write into the target's
-    cache. EAGLE and MTP drafters get the table of their own group, on V2 all do.
+    Runner V1 gives it the FIRST group's block table, whichever group its layers are
+    in. EAGLE and MTP drafters get the table of their own group, on V2 all do.
     """
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 

@@ -1,4 +1,4 @@
-"""What the log says of an engine's policy when it starts, and what a request costs."""
+"""Log lines of an engine's start: its policy, and the memory of a request."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def start_line(
     block_size: int,
     block_bytes: int,
 ) -> str:
-    """What the log says of one group of layers at start.
+    """The line for one group of layers.
 
     Args:
         max_blocks: Most blocks that a request holds, prefill included.
@@ -114,7 +114,7 @@ def log_retrieval_heads(engine: Engine, spec: AttentionSpec) -> None:
 def retrieval_line(
     vllm_config: VllmConfig, config: SinkConfig, page_bytes: int
 ) -> str | None:
-    """What the start says of the heads; None where none is a retrieval head."""
+    """The line for retrieval heads; None without any."""
     heads = config.head_map
     if heads is None or not heads.num_retrieval_heads:
         return None
@@ -145,7 +145,11 @@ def retrieval_line(
 def request_memory(
     vllm_config: VllmConfig, config: SinkConfig, page_bytes: int
 ) -> RequestMemory:
-    """Of one worker; ``page_bytes``: a block of one head, or of a whole layer."""
+    """A request's memory on one worker.
+
+    Args:
+        page_bytes: A block of one head, or of a whole layer where none is split.
+    """
     assert config.head_map is not None
     parallel = vllm_config.parallel_config
     held, counts = heads_of_workers(
@@ -171,7 +175,7 @@ def format_bytes(size: float) -> str:
 
 
 def sight(policy: RetentionPolicy, max_model_len: int) -> str:
-    """What a token sees, as a clause."""
+    """The tokens that a token sees, as a clause."""
     sinks, window = policy.num_sink_tokens, policy.window_size
     if policy.budget >= max_model_len:
         return (
@@ -189,7 +193,7 @@ def cost(
     block_size: int,
     block_bytes: int,
 ) -> str:
-    """What a request takes, as a clause.
+    """The memory that a request takes, as a clause.
 
     Args:
         max_blocks: Most blocks that a request holds, prefill included.

@@ -1,4 +1,4 @@
-"""Keys of ``additional_config`` that mean the ``sink`` section and are not it.
+"""A check for keys of ``additional_config`` that look like the ``sink`` section.
 
 vLLM hands ``additional_config`` to every plugin and refuses no key, so a misspelt
 section would leave the defaults in force. Other plugins' keys are theirs: a key is

@@ -1,4 +1,4 @@
-"""The one shape of a refusal."""
+"""The shape that every refusal has."""
 
 
 def must(ok: bool, name: str, constraint: str, got: object, remedy: str) -> None:
