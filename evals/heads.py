@@ -1,4 +1,4 @@
-"""What retrieval heads keep: needles, perplexity, and how stable the scores are.
+"""Measurements of retrieval heads: needles, perplexity, stability of scores.
 
 Measured on the Hugging Face model with a mask for every KV head (sink positions
 ``absolute``), so any map can be tried without an engine; ``heads_engine`` generates
@@ -163,7 +163,7 @@ def make_haystacks(tokenizer, read: list, length: int, count: int) -> list:
 
 
 def described(args: argparse.Namespace, names: str) -> dict[str, Any]:
-    """The columns that every CSV of heads has."""
+    """Columns that every CSV of heads has."""
     return {
         "model": Path(args.model).name,
         "heads_from": "pydoc_data.topics",

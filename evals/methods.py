@@ -1,4 +1,4 @@
-"""Ways to score heads beside each other: the recipe, and DuoAttention's gates.
+"""A comparison of scores of heads: the recipe, and DuoAttention's gates.
 
 As ``evals.heads``: scores from Python's prose, needles in texts that neither saw, sink
 positions ``absolute``, a row written when it is measured.
@@ -40,7 +40,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
 
     @functools.cache
     def find(method: str) -> tuple[scores.Scores, float]:
-        """The scores, and the CPU seconds that they took."""
+        """Scores by one method, and the CPU seconds that they took."""
         start = time.process_time()
         if method == "recipe":
             found = scores.find(model, tokenizer, text.calibration, layers)

@@ -145,7 +145,7 @@ def perplexity_by_fraction(csv_path: Path, png_path: Path) -> None:
 
 
 def of_parts(parts: list[dict], out: Path) -> None:
-    """A picture a task of ``evals.run``'s results, by what its samples carry."""
+    """Draw a picture for each task of ``evals.run``'s results, by its samples' keys."""
     by_task = defaultdict(list)
     for part in parts:
         by_task[part["task"]].append(part)

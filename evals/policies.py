@@ -1,4 +1,4 @@
-"""What a policy's name means as arguments of vLLM's engine.
+"""Policies by name, as arguments of vLLM's engine.
 
 ::
 

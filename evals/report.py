@@ -1,4 +1,4 @@
-"""Results of all policies side by side: JSON, CSV, Markdown, pictures, checks."""
+"""A report of all policies side by side: JSON, CSV, Markdown, pictures, checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def budget(part: Part) -> int | None:
 
 
 def check_policies(parts: list[Part]) -> list[dict[str, Any]]:
-    """Whether each policy acted: its perplexity samples against stock attention's.
+    """A check that each policy acted: its perplexity samples against stock attention's.
 
     Within S + W tokens they must be equal, beyond they must not: a policy that
     is ignored fails. Beyond, retrieval heads must also differ from the same S and W

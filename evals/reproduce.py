@@ -127,7 +127,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
 
 
 def mixing(args: argparse.Namespace) -> list[dict]:
-    """(d) a token in the middle is replaced: how far does the change spread?
+    """(d) the spread of a change, where a token in the middle is replaced.
 
     Barbero et al. (arXiv 2504.02732): sinks keep a change from spreading. The
     sink is masked from query 16 on (before, it is needed to become one; hidden

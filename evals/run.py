@@ -35,7 +35,7 @@ SMOKE_MODEL_LEN = 1024
 
 
 def expand_tasks(names: list[str]) -> list[str]:
-    """Groups replaced by their tasks, in order.
+    """Replace groups by their tasks, in order.
 
     Raises:
         ValueError: A name that neither this folder nor the harness knows.
@@ -76,7 +76,7 @@ def engine_args(args: argparse.Namespace, policy: Policy) -> dict[str, Any]:
 
 
 def configuration(args: argparse.Namespace, policy: Policy) -> dict[str, Any]:
-    """Everything that the numbers depend on; what a finished part is known by."""
+    """Everything that the numbers depend on; it identifies a finished part."""
     return {
         "policy": asdict(policy),
         "engine_args": engine_args(args, policy),

@@ -1,4 +1,4 @@
-"""One policy's engine and its tasks: the process that ``evals.run`` starts.
+"""The process that ``evals.run`` starts: one policy's engine and its tasks.
 
 The harness scores. A file for each task, written when it is done, makes a run
 resumable: a task whose file has the same configuration is not run again.
@@ -19,7 +19,7 @@ LONGEST_FIELD = 200  # characters: prompts stay out of the results
 
 
 def file_name(policy: str) -> str:
-    """The policy's name without what a file's name can't hold."""
+    """The policy's name without characters that a file's name can't hold."""
     return re.sub(r"[^\w.+@-]", "_", policy)
 
 
@@ -38,7 +38,7 @@ def read_part(out: Path, config: dict[str, Any], task: str) -> dict[str, Any] | 
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename: a file that exists is whole."""
+    """Write a file that is whole once it exists: beside its name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -52,7 +52,7 @@ def _backend_names(worker) -> list[str]:
 
 
 def _short(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample without its prompt: what it was, the answer, the scores."""
+    """A sample without its prompt: its keys, the answer, the scores."""
     kept = {
         key: value
         for key, value in sample["doc"].items()

@@ -1,4 +1,4 @@
-"""A log (or a chat) that never ends, read by one session in constant memory.
+"""Read a log (or a chat) that never ends, in one session and constant memory.
 
     python scripts/endless.py MODEL                      # Python's manual, in a circle
     tail -f app.log | python scripts/endless.py MODEL -  # or a log of your own
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_text(path: str | None) -> Iterator[str]:
-    """Pieces of text; a file ends, Python's manual starts over."""
+    """Pieces of a file, or of Python's manual over and over."""
     if path == "-":
         yield from read_lines(sys.stdin.fileno())
     elif path is not None:
@@ -101,7 +101,7 @@ def metrics_page(port: int) -> int:
 
 
 def live_blocks() -> int:
-    """What /metrics says of the blocks that requests hold."""
+    """Blocks that requests hold, from /metrics."""
     from prometheus_client import REGISTRY
 
     for metric in REGISTRY.collect():
@@ -252,7 +252,7 @@ def open_engine(args: argparse.Namespace):
 
 
 async def follow(args: argparse.Namespace) -> None:
-    """Session after session, until the text ends or ``--tokens`` are read."""
+    """Run session after session, until the text ends or ``--tokens`` are read."""
     engine = open_engine(args)
     print(f"metrics: http://127.0.0.1:{metrics_page(args.port)}/metrics", flush=True)
     tokenizer = engine.get_tokenizer()

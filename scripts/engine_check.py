@@ -34,7 +34,7 @@ VOCABULARY = 512
 
 @dataclass
 class Outcome:
-    """What an engine did.
+    """Measurements of an engine.
 
     Args:
         runner: The model runner's class, with its module.

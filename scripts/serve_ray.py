@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def log_folder() -> str:
-    """Where Serve's processes write."""
+    """The folder into which Serve's processes log."""
     import ray
 
     return os.path.join(

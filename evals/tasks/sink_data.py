@@ -1,4 +1,4 @@
-"""What the tasks share: prose, lengths in tokens, natural words.
+"""Data for the tasks: prose, lengths in tokens, natural words.
 
 The harness imports each task's ``utils.py`` by its path, so this module is no
 part of a package: ``utils.py`` puts this folder on ``sys.path`` and imports it.
@@ -237,7 +237,7 @@ def first_word(text: str) -> str:
 
 
 def as_dataset(docs: list[dict[str, Any]]) -> dict[str, Dataset]:
-    """What a ``custom_dataset`` function returns."""
+    """Docs as a ``custom_dataset`` function returns them."""
     return {"test": Dataset.from_list(docs)}
 
 

@@ -1,1 +1,1 @@
-"""What a user runs beside the server."""
+"""Tools that a user runs beside the server."""

@@ -123,7 +123,7 @@ def recommend(perplexities: dict[int, float]) -> int:
 
 @dataclass
 class Sinks:
-    """What was measured with one way to begin the text.
+    """Measurements with one way to begin the text.
 
     Args:
         starts_with: The first token, as text.
@@ -158,7 +158,7 @@ def find_sinks(model, tokenizer, tokens: list[int], start: list[int]) -> Sinks:
 
 
 def analyze(name: str, text: str, num_tokens: int, budget: int) -> dict[str, Any]:
-    """Everything that the summary tells, as plain values.
+    """The analysis as plain values, which ``summary`` tells in words.
 
     Raises:
         ValueError: The text is too short, or the budget not below its length.
@@ -200,7 +200,7 @@ def analyze(name: str, text: str, num_tokens: int, budget: int) -> dict[str, Any
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What it means, in plain words."""
+    """The analysis in plain words."""
     lines = [f"{result['model']}, {result['num_tokens']} tokens"]
     for how, sinks in result["sinks"].items():
         rates = sinks["sink_rates"]
@@ -240,7 +240,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def command(result: dict[str, Any]) -> list[str]:
-    """The words of the command that the advice comes to; W is the plugin's default."""
+    """The words of the advised command; W is the plugin's default."""
     section = {
         "num_sink_tokens": result["recommended_num_sink_tokens"],
         "window_size": SinkConfig.window_size,

@@ -1,4 +1,4 @@
-"""What a model writes into the KV cache, and how vLLM groups its layers.
+"""The shape of a model's KV cache: its kinds of layers, as vLLM groups them.
 
 Layers of one kind share a spec: a window of their own or none, KV heads, head size.
 vLLM's pool has blocks of one size. Layers that are all full (or all have one window)
@@ -35,7 +35,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a model writes into the KV cache, for one GPU of the group.
+    """The shape of a model's KV cache on one GPU of the group.
 
     Args:
         kinds: Its layers.

@@ -1,4 +1,4 @@
-"""What this machine, this vLLM and this model will do with a policy.
+"""A trial start of a policy with this machine, this vLLM and this model.
 
     vllm-sink check MODEL [the flags of vllm serve]
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(model: str, flags: list[str]) -> dict[str, Any]:
-    """What the start would come to; ``refusal`` is its error, None if it starts.
+    """The report on a start; ``refusal`` is its error, None if it starts.
 
     Args:
         flags: Of ``vllm serve``.
@@ -109,7 +109,7 @@ def started(engine_args: Any):
 
 
 def message(error: BaseException) -> str:
-    """An error's own words, without what pydantic puts around them."""
+    """The words of an error, without pydantic's around them."""
     errors = getattr(error, "errors", None)
     if callable(errors):
         with contextlib.suppress(LookupError, TypeError, AttributeError):
@@ -118,7 +118,7 @@ def message(error: BaseException) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """This machine and this vLLM."""
+    """Facts of this machine and this vLLM."""
     import torch
     import vllm
     from vllm.platforms import current_platform
@@ -140,7 +140,7 @@ def machine() -> dict[str, Any]:
 
 
 def look(engine: Any) -> dict[str, Any]:
-    """The policy of an engine that runs, layer by layer."""
+    """The policy of a running engine, layer by layer."""
     from vllm_sink.attention.base import SinkImplBase
     from vllm_sink.engine import Engine
     from vllm_sink.start import checks, log_lines
@@ -181,7 +181,7 @@ def look(engine: Any) -> dict[str, Any]:
 
 
 def is_triton(impls: list[Any]) -> bool:
-    """Whether the layers' attention is the GPU path's."""
+    """Whether the GPU path serves the layers."""
     return any(type(impl).__module__.endswith(".gpu") for impl in impls)
 
 

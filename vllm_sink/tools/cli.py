@@ -1,4 +1,4 @@
-"""``vllm-sink``: one command for what a user runs beside the server.
+"""The command ``vllm-sink``, with a subcommand for each tool.
 
 Each tool is a module with a pair of functions::
 
@@ -86,5 +86,5 @@ def one_line(error: BaseException) -> str:
 
 
 def print_json(value: Any) -> None:
-    """What every tool prints under ``--json``."""
+    """Print a value as JSON, as every tool does under ``--json``."""
     print(json.dumps(value, indent=1, allow_nan=False))

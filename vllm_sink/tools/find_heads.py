@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.head_map import FACTS
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools import serve_command
@@ -172,7 +173,7 @@ def _measure(model, haystacks, scores, policy, progress) -> fraction.Curve:
 
 
 def _config(args, model, text, scores, kept, found) -> dict[str, Any]:
-    """What the file's reader and its users must know."""
+    """The JSON beside the pattern: facts that a reader and its users need."""
     text_config = model.config.get_text_config()
     # Of all heads in the file: layers without a choice count there too.
     share = int(kept.sum()) / kept.numel()
@@ -192,7 +193,7 @@ def _config(args, model, text, scores, kept, found) -> dict[str, Any]:
 
 
 def _draw(paths: list[Path], scores, kept, found) -> tuple[list[Path], str]:
-    """The pictures that were drawn, and what to say if none could be."""
+    """Paths of the drawn pictures, and a message if none could be drawn."""
     heat_maps, curve = paths
     try:
         pictures.heat_maps(scores, kept, heat_maps)
@@ -204,7 +205,7 @@ def _draw(paths: list[Path], scores, kept, found) -> tuple[list[Path], str]:
 
 
 def summary(args, scores, kept, found, files) -> str:
-    """What was found, in plain words."""
+    """The result in plain words."""
     layers, count = scores.layers, int(kept.sum())
     total = layers.num_heads
     by_layer = kept.sum(1)
@@ -232,20 +233,22 @@ def summary(args, scores, kept, found, files) -> str:
             for p in [*found.points, found.full]
         ]
         lines.append(f"Chosen: {found.why}.")
+    budget = SinkConfig().policy.budget
     memory = [
-        f"{share + (1 - share) * min(1, 1028 / tokens):.0%} at {tokens:,} tokens"
+        f"{share + (1 - share) * min(1, budget / tokens):.0%} at {tokens:,} tokens"
         for tokens in (8_192, 32_768, 131_072)
     ]
     lines += [
         "",
-        f"KV memory against full attention with S + W = 1,028: {', '.join(memory)}.",
+        f"KV memory against full attention with the default S + W = {budget:,}: "
+        f"{', '.join(memory)}.",
         f"Written: {', '.join(str(path) for path in files)}",
     ]
     return "\n".join(lines)
 
 
 class _Progress:
-    """Bars on the terminal; nothing where ``rich`` is missing or JSON is printed."""
+    """Progress bars on the terminal; none without ``rich``, or for JSON."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._bars: Any = None

@@ -149,7 +149,7 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
 
 
 def _get(text: Any, name: str) -> Any:
-    """A setting; None where layers differ in it, too: transformers refuses those."""
+    """A setting, or None; also None where layers differ, which transformers refuses."""
     try:
         return getattr(text, name, None)
     except Exception:
@@ -157,7 +157,7 @@ def _get(text: Any, name: str) -> Any:
 
 
 def _refuse_kind(config: Any, text: Any) -> None:
-    """Refuse what is no decoder of plain attention layers."""
+    """Refuse a model that is no decoder of plain attention layers."""
     kind = _get(config, "model_type")
     if _get(config, "is_encoder_decoder") or _get(text, "is_encoder_decoder"):
         raise ValueError(
@@ -178,7 +178,7 @@ def _refuse_kind(config: Any, text: Any) -> None:
 
 
 def _generates(config: Any) -> bool:
-    """Whether it is a model that generates text."""
+    """Whether a model generates text."""
     names = set(_get(config, "architectures") or ())
     if names and _has_vllm():
         from vllm.model_executor.models import registry
@@ -238,7 +238,7 @@ def _heads(config: Any, text: Any, num_layers: int) -> list[tuple[int, int]]:
 def _heads_of_vllm(
     config: Any, text: Any, num_layers: int
 ) -> list[tuple[int, int]] | None:
-    """As vLLM reads them; None without vLLM, or for a list that it can't read."""
+    """Heads as vLLM reads them; None without vLLM, or for a list it can't read."""
     listed = any(isinstance(_get(text, name), (list, tuple)) for name in KV_HEADS)
     if listed or _get(config, "model_type") is None or not _has_vllm():
         return None
@@ -295,7 +295,7 @@ def _bytes_per_value(config: Any, text: Any, dtype: str, cache_dtype: str) -> in
 
 
 def _ordered_cache_dtype(config: Any) -> str | None:
-    """What the checkpoint's quantization orders for the cache."""
+    """The cache dtype that the checkpoint's quantization orders."""
     given = _get(config, "quantization_config") or _get(config, "compression_config")
     if given is None:
         return None

@@ -1,4 +1,4 @@
-"""Models as users name them: read whole, or refused in one line that names them."""
+"""Readers of a model by its name, which refuse it in one line that has the name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_sink.tools.cli import one_line
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever reading the model ``name`` raises names it.
+    """A context in which every error names the model ``name``.
 
     Raises:
         ValueError: The folder does not exist, or what there is can't be read.
@@ -32,7 +32,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def refuse_missing_folder(name: str) -> None:
-    """Refuse a path that leads nowhere; ``owner/name`` may be the Hub's."""
+    """Refuse a missing folder; ``owner/name`` may be on the Hub."""
     is_path = (
         os.path.isabs(name)
         or name.startswith((".", "~"))

@@ -1,4 +1,4 @@
-"""The command that a tool's advice comes to: printed if it starts, else why not."""
+"""A tool's advice as a command to type, or the reason why it would not start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def serve_command(
 
 
 def refusal(command: list[str]) -> str | None:
-    """Why the command would not start on this machine; None if it starts.
+    """The reason why the command would not start on this machine, or None.
 
     Asks ``vllm-sink check``, which starts it with random weights.
     """

@@ -1,4 +1,4 @@
-"""How many requests fit: ``vllm-sink size --model MODEL``.
+"""The number of requests that fit: ``vllm-sink size --model MODEL``.
 
 Reads a model's configuration, allocates nothing, and prints the KV cache of
 stock vLLM (dense) against the sink policy. Blocks are counted by
@@ -62,7 +62,7 @@ def measure(
     batched_tokens: int,
     block_size: int,
 ) -> dict[str, Any]:
-    """What one request of ``num_tokens`` takes; ``policy`` None is dense.
+    """The memory of one request of ``num_tokens``; ``policy`` None is dense.
 
     ``growth_bytes`` is what one more token adds at that length, in the
     full-attention layers: beyond the budget it takes the place of an evicted one.
@@ -87,7 +87,7 @@ def measure(
 def measure_heads(
     heads: RequestMemory, *, memory: int, num_tokens: int, batched_tokens: int
 ) -> dict[str, Any]:
-    """As :func:`measure`, where KV heads are of two kinds."""
+    """The memory of one request where KV heads are of two kinds."""
     streams = heads.retrieval is None or num_tokens <= heads.retrieval.budget
     growing = heads.grouping.num_retrieval if streams else 0
     if num_tokens <= heads.streaming.budget:
@@ -110,7 +110,7 @@ def measure_heads(
 def heads_memory(
     shape: CacheShape, config: SinkConfig, tensor_parallel_size: int, block_size: int
 ) -> RequestMemory:
-    """What a request holds on the GPU with the most retrieval heads.
+    """The memory of a request on the GPU with the most retrieval heads.
 
     Args:
         config: Resolved, with heads of both kinds.

@@ -36,14 +36,14 @@ def by_design(model: Any) -> list[str]:
 
 
 def _has_sink_logits(attention: Any) -> bool:
-    """A parameter with a number for each query head."""
+    """Whether a module has a parameter with a number for each query head."""
     heads = attention.config.num_attention_heads
     own = dict(attention.named_parameters(recurse=False)).values()
     return any(tuple(parameter.shape) == (heads,) for parameter in own)
 
 
 def _has_gated_output(attention: Any) -> bool:
-    """A gate of its own, or queries that are projected to twice the heads' width."""
+    """Whether a module has a gate, or projects queries to twice the heads' width."""
     if any("gate" in name for name, _ in attention.named_children()):
         return True
     queries, width = getattr(attention, "q_proj", None), attention.o_proj.in_features

@@ -1,4 +1,4 @@
-"""Files that a tool wrote: it may write them again, and overwrites nothing else.
+"""Records of files that a tool wrote: it overwrites those and no others.
 
 One of them is the *record*, JSON that names the tool and the files beside it.
 """
@@ -26,7 +26,7 @@ def record_of(path: Path, tool: str) -> dict[str, Any] | None:
 
 
 def refuse_foreign(record_path: Path, paths: list[Path], tool: str) -> None:
-    """Refuse to write where something else is.
+    """Refuse to write over files that the tool did not write.
 
     Args:
         paths: To be written besides the record.
@@ -59,7 +59,7 @@ def write_record(path: Path, tool: str, files: list[Path], values: dict) -> None
 
 
 def replace(path: Path, content: str) -> None:
-    """A file that exists is whole."""
+    """Write a file that is whole once it exists."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     draft.write_text(content, encoding="utf-8")
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""Is the system prompt still obeyed after the window slid past it?
+"""Chats whose system prompt must be obeyed after the window slid past it.
 
 A conversation: a rule in the system prompt and examples of it, then turns in which
 the user gives prose and the assistant answers with a number (digits have no case and

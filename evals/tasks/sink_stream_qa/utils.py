@@ -29,7 +29,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Event:
-    """What happens at a token of the stream.
+    """A fact or a question at a token of the stream.
 
     Args:
         distance: 0 where the fact is told; else it is recalled, so far from there.
@@ -89,7 +89,7 @@ def documents(
 def _plan(
     rng: random.Random, asked: list[int], lines: list[Line], length: int
 ) -> list[Event]:
-    """Where facts are told and asked for, in the order of the stream.
+    """The events of a stream, in its order.
 
     Questions lie evenly behind the largest distance; facts so far before them, moved
     where they would touch; distractors are drawn. No two are nearer than a line.

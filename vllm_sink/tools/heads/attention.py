@@ -30,7 +30,7 @@ WINDOWED = ("sliding_attention", "chunked_attention")
 
 @dataclass
 class Headwise:
-    """What attention does while it is in force; one at a time.
+    """A policy or a watch for each KV head, in force within ``with``; one at a time.
 
     Args:
         policy: Of the streaming heads; None: all heads are plain.
@@ -65,7 +65,7 @@ _PLAIN = Headwise()
 
 @dataclass(frozen=True)
 class Layers:
-    """The attention layers of a model, as they were called.
+    """The attention layers of a model, from their calls in a forward.
 
     Args:
         num_layers: Rows of a head map: the decoder's layers, whatever their kind.
@@ -122,7 +122,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu", revision=None):
 
 @contextlib.contextmanager
 def _quiet(transformers):
-    """The library's own bars would cut through the command's."""
+    """Hide transformers' progress bars, which would cut through the command's."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -49,12 +49,12 @@ class AttentionCall:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the output."""
+        """The output's shape."""
         batch, heads, length, _ = self.query.shape
         return batch, length, heads, self.value.shape[-1]
 
     def of_heads(self, kv_heads: torch.Tensor, heads: torch.Tensor) -> AttentionCall:
-        """The same for some KV heads and their query heads (bool masks)."""
+        """The call of some KV heads and their query heads (bool masks)."""
         return AttentionCall(
             self.query[:, heads],
             self.key[:, kv_heads],
@@ -78,7 +78,7 @@ class AttentionCall:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def streaming(self, policy: RetentionPolicy) -> torch.Tensor:
-        """Sinks and window; the keys in between are not even read."""
+        """Attention to sinks and window; the keys in the gap are not read."""
         parts = []
         for start, stop in self._tiles():
             end = self.first + stop

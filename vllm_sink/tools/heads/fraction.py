@@ -1,4 +1,4 @@
-"""How many retrieval heads a model needs, by needles that it must still find.
+"""The fraction of retrieval heads that a model needs to find needles.
 
 The smallest fraction whose answer loss is within ``MARGIN`` of full attention's, and
 that keeps ``HITS_KEPT`` of the needles that full attention finds. The loss decides, as
@@ -34,7 +34,7 @@ def best_heads(scores: Scores, fraction: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """What one policy does to the needles.
+    """The needles found under one policy.
 
     Args:
         fraction: Of the KV heads that keep everything; 1.0 is full attention.
@@ -69,7 +69,7 @@ class Curve:
     why: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The values for JSON."""
         points = [asdict(point) for point in [*self.points, self.full]]
         return {"chosen": self.chosen, "why": self.why, "points": points}
 
@@ -130,5 +130,5 @@ def measure(
 
 
 def choose(points: list[Point], full: Point) -> Point | None:
-    """The smallest that is enough."""
+    """The smallest fraction that is enough."""
     return next((p for p in points if is_enough(p, full)), None)

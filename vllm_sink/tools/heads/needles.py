@@ -56,7 +56,7 @@ class Needle:
 
 
 def draw_needles(rng: random.Random, count: int = NUM_NEEDLES) -> list[Needle]:
-    """Fruits and codes in turn; no person, fruit or city twice."""
+    """Draw needles, fruits and codes in turn; no person, fruit or city twice."""
     people = zip(rng.sample(NAMES, count), rng.sample(SURNAMES, count), strict=True)
     fruits, cities = rng.sample(FRUITS, count), rng.sample(CITIES, count)
     needles = []
@@ -129,7 +129,7 @@ def make(tokenizer, text: str, length: int, window: int, seed: str | int) -> Hay
 
 
 def _question(tokenizer, needle: Needle) -> Question:
-    """The answer is what the question's tokens are followed by."""
+    """The tokens of a needle's question, and those of them that are the answer."""
     asked = texts.encode(tokenizer, f"\n\n{needle.question}")
     whole = texts.encode(tokenizer, f"\n\n{needle.question}{needle.answer}")
     common = 0

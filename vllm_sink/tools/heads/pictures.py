@@ -1,4 +1,4 @@
-"""Two pictures: the heads, and what a fraction of them finds."""
+"""Two pictures: the scores of heads, and the needles that a fraction finds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _pyplot():
 
 
 def heat_maps(scores: Scores, kept, path: Path) -> None:
-    """Layers x KV heads: what was measured, and the heads that were chosen.
+    """Draw maps of layers x KV heads: the measured scores and the chosen heads.
 
     Args:
         kept: [L, HKV] bool.

@@ -1,4 +1,4 @@
-"""Scores of KV heads without training: do they find what was said before?
+"""Scores of KV heads without training: attention to a text's first reading.
 
 A passage of real prose is read twice over. For the tokens of the second copy,
 
@@ -31,7 +31,7 @@ PASSAGE_LENGTH = 320
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured for every KV head, [L, HKV] fp32 on the CPU.
+    """Measurements of every KV head, [L, HKV] fp32 on the CPU.
 
     Args:
         value: The score: (0, 1], 1 for the best; 0 where a layer has no choice.

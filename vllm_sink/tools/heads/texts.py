@@ -1,4 +1,4 @@
-"""Real prose for the finder: a file, or what every Python carries along.
+"""Real prose for the finder: a file, or Python's own reference.
 
 The heads are scored on the first part of the text and the fraction is measured on the
 rest: no token is in both.
@@ -32,12 +32,12 @@ class Text:
 
     @property
     def calibration(self) -> str:
-        """What the heads are scored on."""
+        """The part that heads are scored on."""
         return self.content[: int(len(self.content) * CALIBRATION_SHARE)]
 
     @property
     def held_out(self) -> str:
-        """What needles are hidden in."""
+        """The part that needles are hidden in."""
         return self.content[int(len(self.content) * CALIBRATION_SHARE) :]
 
 
@@ -73,12 +73,12 @@ def python_prose() -> str:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Tokens without the special ones."""
+    """The tokens of a text without the special ones."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def opening(tokenizer) -> list[int]:
-    """What the model expects before a text: a BOS token, or nothing."""
+    """The token that the model expects before a text: BOS, or none."""
     with_special = tokenizer("a").input_ids
     plain = encode(tokenizer, "a")
     start = len(with_special) - len(plain)
