@@ -5,8 +5,8 @@ it into the spec, which is pickled to the engine core. :class:`SinkBuilderBase` 
 that spec and record agree, and tells each layer how its keys were rotated.
 
 Heads of two policies (:mod:`vllm_sink.cache.head_caches`): a layer's KV heads are in
-several KV cache groups, each with a builder, a policy and a block table. For a layer
-forward, all that is needed hangs together like this::
+several KV cache groups, each with a builder, a policy and a block table. A layer's
+forward finds them so::
 
     impl.heads                        None, or a HeadCache for each KV head, in order
       head.kv_cache                   [B, 1, N, 2D], bound once; all of one shape,

@@ -20,7 +20,7 @@ def preferred_block_size(default: int, max_model_len: int) -> int:
 
     A block table has an entry for each block of ``max_model_len`` and is copied for
     every request in every step. Larger blocks free the gap later: of the window's
-    last block, up to a block less one token is kept for nothing.
+    last block, up to a block less one token is kept in vain.
     """
     size = default
     while size < MAX_BLOCK_SIZE and max_model_len > size * MAX_TABLE_ENTRIES:

@@ -10,7 +10,7 @@ hybrid models gives it a group, a block table and a cache::
       "…attn_kv1"  HeadCache, retrieval    group 0
       "…attn_kv2"  HeadCache, streaming    group 2
 
-Nothing of vLLM is patched. What it needs to be told:
+Nothing of vLLM is patched. vLLM needs to be told:
 
 * The module "shares" the KV cache of its first companion, vLLM's cross-layer
   sharing: that gives it metadata and no memory.

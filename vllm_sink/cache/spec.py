@@ -23,9 +23,9 @@ class SinkSpec(SlidingWindowSpec):
     """A sliding window whose first ``num_sink_tokens`` tokens never leave.
 
     Subclassing :class:`SlidingWindowSpec` gives vLLM's recycling-aware pool
-    sizing and admission cap: both read ``max_admission_blocks_per_request``. What
-    else vLLM 0.32 and 0.33 do with a ``SlidingWindowSpec`` supposes that all it
-    skips is a request's *head*; here that begins with the sinks:
+    sizing and admission cap: both read ``max_admission_blocks_per_request``. The
+    rest of vLLM 0.32 and 0.33 supposes that a ``SlidingWindowSpec`` skips a
+    request's *head*; here the head is the sinks, which stay:
 
     - the manager's allocation, hits and cache masks: overridden in
       :mod:`vllm_sink.cache.block_manager`;

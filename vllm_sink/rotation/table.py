@@ -3,8 +3,8 @@
 With ``sink_positions = "cache"`` the query is turned by
 R(min(p, S+W-1)) R(p)^-1 before it meets the sink keys. That needs the rows of the
 table that rotates *these* keys, which vLLM's attention layer does not know. They
-are found by measurement, on the loaded model (:mod:`vllm_sink.rotation.measure`);
-here is what a measurement leaves behind.
+are found by measurement, on the loaded model (:mod:`vllm_sink.rotation.measure`),
+which leaves a :class:`RotaryTable` or an :class:`Unknown` for each layer.
 """
 
 from __future__ import annotations

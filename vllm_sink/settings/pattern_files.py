@@ -1,6 +1,6 @@
 """Pattern files: a score for each KV head, and the JSON that belongs to them.
 
-What belongs to a file is the JSON named after it, ``heads.tsv.meta.json`` beside
+The JSON named after a file belongs to it, ``heads.tsv.meta.json`` beside
 ``heads.tsv``: the fraction, the model it was found for, the digest of its content
 (``vllm-sink heads`` writes it). A file without one may have DuoAttention's
 ``config.json`` in its folder. A model's own ``config.json`` is neither.

@@ -1,7 +1,7 @@
 """The ``sink`` section with paths replaced by values, read once.
 
-The first caller is the process that configures the engine. What it read replaces
-the path in ``additional_config``, which vLLM carries to every process.
+The first caller is the process that configures the engine. The values that it reads
+replace the path in ``additional_config``, which vLLM carries to every process.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Each check is one function that looks at the configuration alone and refuses the first
 thing that must change, by :func:`vllm_sink.start.must.must`. :func:`check_settings`
 asks them all, where the configuration is made and once more before the first module is
-built (vLLM settles some of it in between). What only a loaded model can tell is refused
-in :mod:`vllm_sink.start.loaded`, and what vLLM made of it in
-:mod:`vllm_sink.start.groups`. ``vllm-sink check`` starts an engine to hear of all.
+built (vLLM settles some of it in between). :mod:`vllm_sink.start.loaded` checks the
+loaded model, :mod:`vllm_sink.start.groups` the groups that vLLM made. ``vllm-sink
+check`` starts an engine, which runs all of them.
 """
 
 from __future__ import annotations

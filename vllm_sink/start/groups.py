@@ -1,9 +1,9 @@
 """A check of the KV cache groups that vLLM built: each obeys the policy.
 
-Whatever grouped the layers (vLLM's planning, a model's own, a platform's), and on
-whatever platform: once an engine core has its block managers and before it serves,
-each worker says which group each of its layers and heads is in, and the managers
-are looked at. A governed layer under any manager but ours, or ours under another
+Once an engine core has its block managers and before it serves, each worker says
+which group each of its layers and heads is in, and each group's manager is looked at,
+on every platform and whatever grouped the layers (vLLM's planning, a model's own, a
+platform's). A governed layer under any manager but ours, or ours under another
 policy, would be evicted as that manager evicts: the start ends instead.
 
 :func:`check_groups` is called by :func:`vllm_sink.plugin.compat.watch_engine_core`.
