@@ -82,7 +82,7 @@ def _differences(part: Part, other: Part, limit: int) -> tuple[list, list]:
 
 
 def _without_heads(part: Part, parts: list[Part]) -> Part | None:
-    """The same task under the same S and W with no retrieval head, if it was run."""
+    """The result under the same S and W without retrieval heads, if it was run."""
     mine = Policy(**part["config"]["policy"])
     if not mine.retrieval_fraction:
         return None

@@ -24,7 +24,7 @@ def file_name(policy: str) -> str:
 
 
 def part_path(out: Path, policy: str, task: str) -> Path:
-    """Where the results of one task under one policy are."""
+    """The path of the results of one task under one policy."""
     return out / "parts" / f"{file_name(policy)}--{task}.json"
 
 

@@ -102,7 +102,7 @@ def heads_of_rank(rank: int, num_ranks: int, num_kv_heads: int) -> range:
 
 
 def num_chosen(fraction: float, num_heads: int) -> int:
-    """How many heads a fraction is, rounded half up: 25% of 90 are 23."""
+    """The number of heads in a fraction, rounded half up: 25% of 90 are 23."""
     return math.floor(fraction * num_heads + 0.5)
 
 
