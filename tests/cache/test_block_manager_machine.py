@@ -1,7 +1,7 @@
 """vLLM's real KVCacheManager under the sink spec, driven by a state machine.
 
 Hypothesis chooses what happens (add, extend, hit, draft tokens, steps in
-flight, preempt, resume, abort, finish, reset); ``tests/retention_oracle.py``
+flight, preempt, resume, abort, finish, reset); ``tests/helpers/retention_oracle.py``
 says what must be true after each step. Mutants of the manager show that it
 notices.
 """

@@ -1,7 +1,7 @@
 """The KV block manager that never evicts a sink block.
 
 vLLM's base manager assumes that what attention skips is a *head* of the
-request; here it is a gap in the middle. The five methods below put the sinks
+request; here it is a gap in the middle. What is overridden below puts the sinks
 back. Gap entries become the null block, so a block's index still tells its
 position.
 
@@ -205,7 +205,7 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
         """
         assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
         assert dcp_world_size == 1 and pcp_world_size == 1, (
-            "context parallelism is refused at start; see policy.refusals"
+            "context parallelism is refused at start; see start.checks"
         )
         block_size = kv_cache_spec.block_size
         policy = kv_cache_spec.policy

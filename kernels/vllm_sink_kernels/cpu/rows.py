@@ -18,7 +18,7 @@ import torch
 
 from vllm_sink_kernels.cpu.heads import HeadCaches
 
-# The fields of a job that :meth:`Rows.job` fills in; strides count elements.
+# The fields of a job that :meth:`Tiles.job` fills in; strides count elements.
 FIELDS = (
     "num_tiles tiles max_queries part_blocks num_kinds kinds turns half is_neox "
     "caches head_kinds block_bytes num_heads num_kv_heads head_size block_size "

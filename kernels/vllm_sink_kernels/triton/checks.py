@@ -6,7 +6,7 @@ import triton
 from vllm_sink_kernels.triton.launch_config import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# e4m3 as NVIDIA and gfx950 have it, and the variant without zeros of sign (gfx942).
+# e4m3 as NVIDIA and gfx950 have it, and e4m3fnuz, which has no negative zero (gfx942).
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 MAX_HEAD_SIZE = 256
 

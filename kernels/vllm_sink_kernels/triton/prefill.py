@@ -40,7 +40,7 @@ from vllm_sink_kernels.triton.primitives import (
 
 
 # One binary for every batch: the number of requests and where the slices of a mixed
-# batch start must not select code, or serving would stop to compile.
+# batch start must not select code, else serving pauses to recompile.
 @triton.jit(
     do_not_specialize=["first_request", "first_token", "num_requests"],
     do_not_specialize_on_alignment=["block_table_ptr", "query_start_ptr"],
