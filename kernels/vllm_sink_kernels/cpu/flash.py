@@ -71,7 +71,7 @@ def attend_tiles(
         q, out: [T, HQ, D], the step's tokens, of one dtype.
         caches: The layer's; its heads may be of several kinds.
         turns: The sink turn of the step's tokens; None leaves the query as it is.
-        scale, soft_cap, sink_logits: As in :func:`vllm_sink_kernels.cpu.attention.attend`.
+        scale, soft_cap, sink_logits: As in :func:`.attention.attend`.
     """
     q, result = _rows(q), out
     if _rows(out) is not out or out.dtype != q.dtype:
