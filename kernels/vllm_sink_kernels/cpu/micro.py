@@ -3,7 +3,7 @@
 Numba's own loops leave the accumulators in memory. These are written in LLVM's
 vectors: a product of up to :data:`ROWS` rows and a few vectors of columns keeps
 all sums in registers and reads the page in place, in its own dtype. The shape
-follows the machine's vector registers (:data:`LANES`, :data:`MAX_ROWS`); LLVM turns
+follows the machine's vector registers (:data:`LANES`, :data:`TILES`); LLVM turns
 the same code into AVX2, AVX-512 or Neon. Where the CPU multiplies pairs of bfloat16
 fast (AVX512_BF16 on Zen), keys stored as pairs are multiplied without a conversion.
 
@@ -20,17 +20,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from vllm_sink_kernels.cpu.layouts import PLAIN, TILED
 from vllm_sink_kernels.cpu.native import CPU_NAME, FEATURES, LANES
+from vllm_sink_kernels.cpu.vectors import (
+    F32,
+    I32,
+    I64,
+    call,
+    load,
+    multiply_add,
+    splat,
+    vec,
+)
 
 # Whether products of bfloat16 pairs into float32 sums are used where there are any: on
 # an Emerald Rapids a tile of queries takes a fifth longer with them than with products
-# of float32, conversions included. On Zen's one unit they are twice the work.
+# of float32, conversions included. On Zen they are what the published figures are with.
 HAS_DOT = {"avx512bf16", "avx512f"} <= FEATURES and CPU_NAME.startswith("znver")
 # (vectors, most rows) of the products, widest first: 32 registers of 16 floats, or 16
 # registers of 8 (32 of 4 on other CPUs).
@@ -39,8 +48,6 @@ if LANES == 16:
     TILES = ((8, 3), (4, 6), (2, 6), (1, 6))
 # Rows of a product.
 ROWS = 6
-
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 class _BFloat(ir.Type):
@@ -56,55 +63,27 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-def _vec(element: ir.Type) -> ir.VectorType:
-    return ir.VectorType(element, LANES)
-
-
-def _load(builder: Any, address: Any, element: ir.Type, align: int) -> Any:
-    pointer = builder.inttoptr(address, element.as_pointer())
-    return builder.load(pointer, align=align)
-
-
-def _splat(builder: Any, scalar: Any, width: int = LANES) -> Any:
-    vector = ir.VectorType(scalar.type, width)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, _I32(0))
-    zeros = ir.Constant(ir.VectorType(_I32, width), [0] * width)
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
-
-
-def _call(builder: Any, name: str, result: ir.Type, arguments: list[Any]) -> Any:
-    signature = ir.FunctionType(result, [x.type for x in arguments])
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(function, arguments)
-
-
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fmuladd.v{LANES}f32", c.type, [a, b, c])
-
-
 def _high_half(builder: Any, bits: Any) -> Any:
     """Vectors of int32 whose upper half is a bfloat16, as float32."""
-    return builder.bitcast(bits, _vec(_F32))
+    return builder.bitcast(bits, vec(F32))
 
 
 def _columns(builder: Any, kind: str, address: Any) -> list[Any]:
     """A vector of columns: one of float32, or two of a pair's two numbers."""
     if kind == "float32":
-        return [_load(builder, address, _vec(_F32), 4)]
+        return [load(builder, address, vec(F32), 4)]
     if kind == "float16":
-        half = _load(builder, address, _vec(ir.HalfType()), 2)
-        return [builder.fpext(half, _vec(_F32))]
-    upper = _splat(builder, _I32(16))
+        half = load(builder, address, vec(ir.HalfType()), 2)
+        return [builder.fpext(half, vec(F32))]
+    upper = splat(builder, I32(16))
     if kind == "bfloat16":
-        bits = builder.zext(
-            _load(builder, address, _vec(ir.IntType(16)), 2), _vec(_I32)
-        )
+        bits = builder.zext(load(builder, address, vec(ir.IntType(16)), 2), vec(I32))
         return [_high_half(builder, builder.shl(bits, upper))]
-    pair = _load(builder, address, _vec(_I32), 4)
+    pair = load(builder, address, vec(I32), 4)
     if kind == "dot":
         return [pair]
     assert kind == "pairs", kind
-    mask = _splat(builder, _I32(0xFFFF0000))
+    mask = splat(builder, I32(0xFFFF0000))
     return [
         _high_half(builder, builder.shl(pair, upper)),
         _high_half(builder, builder.and_(pair, mask)),
@@ -139,75 +118,75 @@ def _emit(builder: Any, product: Kind, rows: int, vectors: int, arguments: Any):
     kind, adds, tiled = product
     a, lda, b, ldb, step_b, c, ldc, k = arguments
     # A constant where it can be one: an address of its own for each vector else.
-    width = step_b if tiled else _I64(LANES * _SIZES[kind])
+    width = step_b if tiled else I64(LANES * _SIZES[kind])
 
     def at_c(m: int, v: int) -> Any:
-        row = builder.add(c, builder.mul(ldc, _I64(m)))
-        return builder.add(row, _I64(v * LANES * 4))
+        row = builder.add(c, builder.mul(ldc, I64(m)))
+        return builder.add(row, I64(v * LANES * 4))
 
-    zero = ir.Constant(_vec(_F32), [0.0] * LANES)
+    zero = ir.Constant(vec(F32), [0.0] * LANES)
     cells = [(m, v) for m in range(rows) for v in range(vectors)]
-    start = [_load(builder, at_c(*x), _vec(_F32), 4) if adds else zero for x in cells]
+    start = [load(builder, at_c(*x), vec(F32), 4) if adds else zero for x in cells]
     entry = builder.block
     loop = builder.append_basic_block("products")
     done = builder.append_basic_block("sums")
-    some = builder.icmp_signed(">", k, _I64(0))
+    some = builder.icmp_signed(">", k, I64(0))
     builder.cbranch(some, loop, done)
     builder.position_at_end(loop)
-    i = builder.phi(_I64)
-    i.add_incoming(_I64(0), entry)
-    at_a, at_b = builder.phi(_I64), builder.phi(_I64)
+    i = builder.phi(I64)
+    i.add_incoming(I64(0), entry)
+    at_a, at_b = builder.phi(I64), builder.phi(I64)
     at_a.add_incoming(a, entry)
     at_b.add_incoming(b, entry)
     sums = []
     for value in start:
-        phi = builder.phi(_vec(_F32))
+        phi = builder.phi(vec(F32))
         phi.add_incoming(value, entry)
         sums.append(phi)
     columns = [
-        _columns(builder, kind, builder.add(at_b, builder.mul(width, _I64(v))))
+        _columns(builder, kind, builder.add(at_b, builder.mul(width, I64(v))))
         for v in range(vectors)
     ]
     new = list(sums)
     steps = 2 if kind == "pairs" else 1
     for m in range(rows):
-        row = builder.add(at_a, builder.mul(lda, _I64(m)))
+        row = builder.add(at_a, builder.mul(lda, I64(m)))
         for step in range(steps):
             if kind == "dot":
-                bits = _splat(builder, _load(builder, row, _I32, 4))
+                bits = splat(builder, load(builder, row, I32, 4))
                 pairs = ir.VectorType(_BFloat(), 2 * LANES)
                 x = builder.bitcast(bits, pairs)
             else:
-                number = builder.add(row, _I64(4 * step))
-                x = _splat(builder, _load(builder, number, _F32, 4))
+                number = builder.add(row, I64(4 * step))
+                x = splat(builder, load(builder, number, F32, 4))
             for v in range(vectors):
                 j = m * vectors + v
                 y = columns[v][step]
                 if kind == "dot":
-                    new[j] = _call(
+                    new[j] = call(
                         builder,
                         "llvm.x86.avx512bf16.dpbf16ps.512",
-                        _vec(_F32),
+                        vec(F32),
                         [new[j], x, builder.bitcast(y, pairs)],
                     )
                 else:
-                    new[j] = _multiply_add(builder, x, y, new[j])
-    after = builder.add(i, _I64(1))
+                    new[j] = multiply_add(builder, x, y, new[j])
+    after = builder.add(i, I64(1))
     i.add_incoming(after, loop)
-    at_a.add_incoming(builder.add(at_a, _I64(4 * steps)), loop)
+    at_a.add_incoming(builder.add(at_a, I64(4 * steps)), loop)
     at_b.add_incoming(builder.add(at_b, ldb), loop)
     for phi, value in zip(sums, new, strict=True):
         phi.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", after, k), loop, done)
     builder.position_at_end(done)
     for cell, before, value in zip(cells, start, new, strict=True):
-        final = builder.phi(_vec(_F32))
+        final = builder.phi(vec(F32))
         final.add_incoming(before, entry)
         final.add_incoming(value, loop)
         # Phis come first in their block: the stores follow below.
         sums[cells.index(cell)] = final
     for cell, final in zip(cells, sums, strict=True):
-        pointer = builder.inttoptr(at_c(*cell), _vec(_F32).as_pointer())
+        pointer = builder.inttoptr(at_c(*cell), vec(F32).as_pointer())
         builder.store(final, pointer, align=4)
 
 
@@ -220,7 +199,7 @@ def _function(module: Any, name: str, num_arguments: int) -> tuple[Any, bool]:
     known = module.globals.get(name)
     if known is not None:
         return known, False
-    signature = ir.FunctionType(ir.VoidType(), [_I64] * num_arguments)
+    signature = ir.FunctionType(ir.VoidType(), [I64] * num_arguments)
     function = ir.Function(module, signature, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
@@ -237,7 +216,7 @@ def _product(module: Any, kind: Kind, vectors: int, max_rows: int) -> Any:
         blocks = [builder.append_basic_block() for _ in range(max_rows)]
         switch = builder.switch(count, end)
         for m, block in enumerate(blocks, 1):
-            switch.add_case(_I64(m), block)
+            switch.add_case(I64(m), block)
             builder.position_at_end(block)
             _emit(builder, kind, m, vectors, numbers)
             builder.branch(end)
@@ -255,37 +234,37 @@ def _matmul(module: Any, kind: Kind) -> Any:
     widest, p0, p1, p2 = (_product(module, kind, n, most) for n, most in TILES)
     a, lda, b, ldb, step_b, c, ldc, k, rows, columns = function.args
     if not kind.tiled:
-        step_b = _I64(LANES * _SIZES[kind.columns])
+        step_b = I64(LANES * _SIZES[kind.columns])
     builder = ir.IRBuilder(function.append_basic_block())
-    v = cgutils.alloca_once_value(builder, _I64(0))
+    v = cgutils.alloca_once_value(builder, I64(0))
 
     def ceil_div(x: Any, y: Any) -> Any:
-        return builder.sdiv(builder.add(x, builder.sub(y, _I64(1))), y)
+        return builder.sdiv(builder.add(x, builder.sub(y, I64(1))), y)
 
-    each = ceil_div(rows, ceil_div(rows, _I64(ROWS)))
+    each = ceil_div(rows, ceil_div(rows, I64(ROWS)))
     test, body, end = (builder.append_basic_block() for _ in range(3))
     builder.branch(test)
     builder.position_at_end(test)
     done = builder.load(v)
     left = builder.sub(columns, done)
-    builder.cbranch(builder.icmp_signed(">", left, _I64(0)), body, end)
+    builder.cbranch(builder.icmp_signed(">", left, I64(0)), body, end)
     builder.position_at_end(body)
 
     def is_left(n: int) -> Any:
-        return builder.icmp_signed(">=", left, _I64(n))
+        return builder.icmp_signed(">=", left, I64(n))
 
     def advance(n: Any) -> None:
         builder.store(builder.add(done, n), v)
 
     at_b = builder.add(b, builder.mul(done, step_b))
-    at_c = builder.add(c, builder.mul(done, _I64(LANES * 4)))
-    few = builder.icmp_signed("<=", rows, _I64(wide_rows))
+    at_c = builder.add(c, builder.mul(done, I64(LANES * 4)))
+    few = builder.icmp_signed("<=", rows, I64(wide_rows))
     with builder.if_else(builder.and_(is_left(wide), few)) as (then, otherwise):
         with then:
             builder.call(widest, [a, lda, at_b, ldb, step_b, at_c, ldc, k, rows])
-            advance(_I64(wide))
+            advance(I64(wide))
         with otherwise:
-            with cgutils.for_range_slice(builder, _I64(0), rows, each, _I64) as (m, _):
+            with cgutils.for_range_slice(builder, I64(0), rows, each, I64) as (m, _):
                 after = builder.sub(rows, m)
                 n = builder.select(builder.icmp_signed("<", each, after), each, after)
                 at_a = builder.add(a, builder.mul(m, lda))
@@ -299,8 +278,8 @@ def _matmul(module: Any, kind: Kind) -> Any:
                             builder.call(p1, numbers)
                         with least:
                             builder.call(p2, numbers)
-            step = builder.select(is_left(n1), _I64(n1), _I64(n2))
-            advance(builder.select(is_left(n0), _I64(n0), step))
+            step = builder.select(is_left(n1), I64(n1), I64(n2))
+            advance(builder.select(is_left(n0), I64(n0), step))
     builder.branch(test)
     builder.position_at_end(end)
     builder.ret_void()
@@ -388,95 +367,3 @@ def values_product(
         return _call_matmul(context, builder, kind, arguments)
 
     return types.void(layout, dtype, *[types.int64] * 10), codegen
-
-
-@intrinsic
-def largest(typing_context, address, count):
-    """The largest of ``count`` vectors of float32 at an address, NaN aside."""
-
-    def codegen(context, builder, signature, arguments):
-        address, count = arguments
-        lowest = ir.Constant(_vec(_F32), [float("-inf")] * LANES)
-        top = cgutils.alloca_once_value(builder, lowest)
-        with cgutils.for_range(builder, count, intp=_I64) as loop:
-            place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
-            x = _load(builder, place, _vec(_F32), 4)
-            old = builder.load(top)
-            above = builder.fcmp_ordered(">", x, old)
-            builder.store(builder.select(above, x, old), top)
-        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
-        return _call(builder, name, _F32, [builder.load(top)])
-
-    return types.float32(types.int64, types.int64), codegen
-
-
-# 2**r = 1 + r (c[0] + c[1] r + ...) for r in [-1/2, 1/2]: of this degree the
-# smallest largest relative error, 9.2e-8.
-EXP2 = (0.69314700365, 0.24022242427, 0.05550733581, 0.00967151299, 0.00132647273)
-
-
-def _exp2(builder: Any, x: Any) -> Any:
-    """2**x for x <= 0, a float32 or a vector; 2 ulp, nothing below 2**-126."""
-    is_vector = isinstance(x.type, ir.VectorType)
-    integers = _vec(_I32) if is_vector else _I32
-    suffix = f"v{LANES}f32" if is_vector else "f32"
-
-    def constant(number: float) -> Any:
-        value = float(np.float32(number))
-        return ir.Constant(x.type, [value] * LANES if is_vector else value)
-
-    # Not maxnum: a NaN must stay one.
-    low = builder.fcmp_ordered("<", x, constant(-126.0))
-    x = builder.select(low, constant(-126.0), x)
-    n = _call(builder, f"llvm.rint.{suffix}", x.type, [x])
-    r = builder.fsub(x, n)
-    p = constant(EXP2[-1])
-    for term in (*EXP2[-2::-1], 1.0):
-        p = _call(builder, f"llvm.fmuladd.{suffix}", x.type, [p, r, constant(term)])
-    # p is within [1/2, 2]: n more in its exponent.
-    places = ir.Constant(integers, [23] * LANES if is_vector else 23)
-    n = builder.shl(builder.fptosi(n, integers), places)
-    bits = builder.add(builder.bitcast(p, integers), n)
-    return builder.bitcast(bits, x.type)
-
-
-@intrinsic
-def exp2(typing_context, x):
-    """2**x for x <= 0."""
-
-    def codegen(context, builder, signature, arguments):
-        return _exp2(builder, arguments[0])
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def exp2_sum(typing_context, address, count, scale, top):
-    """x = 2**(scale x - top) for ``count`` vectors of float32; their sum.
-
-    The products of the polynomial and everything else go to different units of most
-    CPUs.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        address, count, scale, top = arguments
-
-        scale, top = _splat(builder, scale), builder.fneg(_splat(builder, top))
-        zero = ir.Constant(_vec(_F32), [0.0] * LANES)
-        total = cgutils.alloca_once_value(builder, zero)
-        with cgutils.for_range(builder, count, intp=_I64) as loop:
-            place = builder.add(address, builder.mul(loop.index, _I64(4 * LANES)))
-            x = _load(builder, place, _vec(_F32), 4)
-            x = _multiply_add(builder, x, scale, top)
-            x = _exp2(builder, x)
-            builder.store(x, builder.inttoptr(place, x.type.as_pointer()), align=4)
-            builder.store(builder.fadd(builder.load(total), x), total)
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        signature = ir.FunctionType(_F32, [_F32, _vec(_F32)])
-        function = cgutils.get_or_insert_function(builder.module, signature, name)
-        return builder.call(
-            function, [_F32(0.0), builder.load(total)], fastmath=("reassoc",)
-        )
-
-    arguments = types.int64, types.int64, types.float32, types.float32
-    return types.float32(*arguments), codegen

@@ -18,14 +18,12 @@ from vllm_sink_kernels.cpu.layouts import TILE, TILED
 from vllm_sink_kernels.cpu.micro import (
     LANES,
     ROWS,
-    exp2,
-    exp2_sum,
     keys_product,
-    largest,
     turned_product,
     values_product,
 )
 from vllm_sink_kernels.cpu.native import OPTIONS, at, put
+from vllm_sink_kernels.cpu.vectors import exp2, exp2_sum, largest
 
 F32 = np.float32
 # Logarithms to base 2 all along: a power of two is the cheapest exponential.
