@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from tests.engine.test_sessions import Reference
+from tests.helpers.dense_reference import DenseReference
 from tests.helpers.engine import sink_engine
 from tests.helpers.random_llama import save_llama
 
@@ -88,7 +88,7 @@ def test_an_adapter_is_exact_past_the_window(folders):
     )
 
     def want(path: str, window: int) -> torch.Tensor:
-        scores = Reference(path).logprobs(prompt + answer, SINKS, window)
+        scores = DenseReference(path).logprobs(prompt + answer, SINKS, window)
         return scores[len(prompt) - 1 :]
 
     exact = want(merged, WINDOW)

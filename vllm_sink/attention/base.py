@@ -15,7 +15,8 @@ forward finds them so::
     metadata.step                     the step that all groups' metadata share
       step.parts[i]                   metadata of group i: its policy, block table,
                                       slots. All are there when a layer runs.
-      step.plan                       what a path makes of all parts, once a step
+      step.plan, step.places          what the CPU path, or the GPU path, makes of all
+                                      parts, once a step
 
 A group's block table and slots are slices of buffers that vLLM allocates once, so
 their addresses stay from step to step (a table of addresses can be made once and
@@ -65,12 +66,17 @@ class Step:
     Args:
         key: An object that only this step's groups have.
         num_parts: Groups.
+
+    Attributes:
+        plan: The CPU path's plan of the step, once all parts are there.
+        places: Where the GPU path finds each part's block table and slots: addresses.
     """
 
     def __init__(self, key: Any, num_parts: int) -> None:
         self.key = key
         self.parts: list[Any] = [None] * num_parts
         self.plan: Any = None
+        self.places: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_complete(self) -> bool:

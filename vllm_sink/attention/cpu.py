@@ -57,7 +57,7 @@ class SinkCpuPlan:
 
     Args:
         num_tokens: T, query tokens without padding.
-        plan: The CPU path's plan; its kinds are the step's parts.
+        tiles: The queries in tiles; their kinds are the step's parts.
         stock_rows: The rows that vLLM's kernel takes instead, if it takes any.
         begun: Blocks to clear where it may take any, see :func:`begun_blocks`.
         slots: Where each token's K and V go.
@@ -65,7 +65,7 @@ class SinkCpuPlan:
     """
 
     num_tokens: int
-    plan: attention.Plan
+    tiles: attention.Plan
     slots: Slots
     turns: dict[int, Turns]
     stock_rows: StockRows | None = None
@@ -163,7 +163,7 @@ def _plan(
         begun = begun_blocks(parts[0].slots, block_size)
     return SinkCpuPlan(
         num_tokens=num_tokens,
-        plan=attention.plan(
+        tiles=attention.plan(
             kinds,
             starts,
             seq_lens,
@@ -273,7 +273,7 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         attention.attend(
             query[:n],
             caches,
-            plan.plan,
+            plan.tiles,
             output[:n],
             scale=self.scale,
             turns=turns,

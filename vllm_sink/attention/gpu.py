@@ -49,7 +49,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
         self._k_cache: torch.Tensor = torch.tensor([])
         self._v_cache: torch.Tensor = torch.tensor([])
         self._launchers: dict[Any, Launchers] = {}
-        # Addresses of block tables and slots (``step.plan``) -> the table that holds
+        # Addresses of block tables and slots (``step.places``) -> the table that holds
         # them. CUDA graphs hold on to tables: none is changed, or dropped while the
         # caches stay.
         self._head_tables: dict[Any, HeadTable] = {}
@@ -200,7 +200,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
             self._cache_key = caches
             self._launchers.clear()
             self._head_tables.clear()
-        table = self._head_tables.get(step.plan)
+        table = self._head_tables.get(step.places)
         if table is None:
             parts = [step.parts[head.group.index] for head in self.heads]
             views = [self._split(head.kv_cache) for head in self.heads]
@@ -214,7 +214,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
                     for part in parts
                 ],
             )
-            self._head_tables[step.plan] = table
+            self._head_tables[step.places] = table
         return table
 
     def _reserve_workspace(self, device: torch.device) -> None:

@@ -209,16 +209,16 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
         the device: a layer may run while a CUDA graph is captured, this does not.
         """
         assert self.groups is not None, "heads of one kind need no table"
-        step.plan = tuple(
+        step.places = tuple(
             (part.block_table.data_ptr(), part.slot_mapping.data_ptr())
             for part in step.parts
         )
-        if step.plan in self._prepared:
+        if step.places in self._prepared:
             return
         assert len(self._prepared) < MAX_PLACES, (
             "block tables and slot mappings must stay where vLLM allocated them"
         )
-        self._prepared.add(step.plan)
+        self._prepared.add(step.places)
         heads = (head for group in self.groups.groups for head in group.heads)
         for impl in {head.owner.impl for head in heads}:
             if impl.heads is not None:
