@@ -229,7 +229,11 @@ def main():
         default=1 if INTERPRET else min(12, os.cpu_count() or 1),
         help="processes of the correctness part, about 1 GiB of GPU memory each",
     )
-    parser.add_argument("--out", type=Path, help="the CSV's path")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the CSV's path, a part's name added for prefill and mixes",
+    )
     args = parser.parse_args()
     if not INTERPRET and not torch.cuda.is_available():
         parser.error("no GPU here: pass --interpret for the correctness part alone")
@@ -238,7 +242,8 @@ def main():
     if "engine" in args.part:
         failed += engine()
     for part in [part for part in VARIANTS if part in args.part]:
-        write = None if INTERPRET else RowFile(f"gpu_{part}", args.out)
+        out = args.out and args.out.with_stem(f"{args.out.stem}_{part}")
+        write = None if INTERPRET else RowFile(f"gpu_{part}", out)
         failed += VARIANTS[part].run(write, 30 if args.quick else 100)
     if failed or INTERPRET or "times" not in args.part:
         return int(failed > 0)

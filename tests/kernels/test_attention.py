@@ -94,7 +94,9 @@ def test_budgets(sinks, window):
     [("NHD", ALIKE), ("HND", ALIKE), ("packed", PACKED), ("apart", APART)],
 )
 def test_strided_caches_and_queries(layout, kind):
-    batch = make_batch(layout=layout, seq_lens=[100, 9], query_lens=[2, 2])
+    batch = make_batch(
+        layout=layout, dtype=torch.float16, seq_lens=[100, 9], query_lens=[2, 2]
+    )
     assert layout_of([batch.k_cache], [batch.v_cache]) == int(kind)
     check(batch)
 

@@ -50,6 +50,7 @@ def test_block_sizes_and_layouts(block_size, layout):
         [STREAM, EVERYTHING],
         block_size=block_size,
         layout=layout,
+        dtype=torch.float16,
         seq_lens=[150, 40],
         query_lens=[2, 1],
     )

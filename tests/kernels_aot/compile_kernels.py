@@ -139,7 +139,7 @@ def variant_of(case: Case) -> Variant:
         k_scale_tensor=case.kv == "fp8",
         v_scale_tensor=case.kv == "fp8",
         alignment=16 if case.mixed else 0,
-        layout=LAYOUTS["alike" if case.kv == "fp8" else case.layout],
+        layout=LAYOUTS["alike" if case.kv != "bf16" else case.layout],
     )
 
 

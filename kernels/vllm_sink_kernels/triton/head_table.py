@@ -23,14 +23,15 @@ def layout_of(
 ) -> int:
     """``PACKED``, ``ALIKE`` or ``APART``: what holds for each pair of caches.
 
-    Never ``PACKED`` of fp8, for which Triton 3.9 would give decode a stack frame.
+    ``PACKED`` of 16-bit caches alone: it would give some of decode's fp8 (Triton 3.9)
+    and fp32 (3.8) a stack frame.
     """
     pairs = list(zip(k_caches, v_caches, strict=True))
     if any(k.stride()[:-1] != v.stride()[:-1] for k, v in pairs):
         return int(APART)
     itemsize = k_caches[0].element_size()
     beside = k_caches[0].shape[-1] * itemsize
-    if itemsize == 1 or any(v.data_ptr() - k.data_ptr() != beside for k, v in pairs):
+    if itemsize != 2 or any(v.data_ptr() - k.data_ptr() != beside for k, v in pairs):
         return int(ALIKE)
     return int(PACKED)
 
