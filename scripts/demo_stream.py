@@ -250,7 +250,7 @@ def report(args: argparse.Namespace, sink: dict, stock: dict) -> list[str]:
     else:
         lines.append(
             f"  quality     perplexity {a['perplexity']:.1f}, stock "
-            f"{b['perplexity']:.1f} (nothing was past the trained length)"
+            f"{b['perplexity']:.1f} (within the trained length)"
         )
     lines.append(
         f"  time        {sink['seconds']:.0f} s for the stream, stock "
