@@ -256,7 +256,7 @@ def report(args: argparse.Namespace, sink: dict, stock: dict) -> list[str]:
         f"  time        {sink['seconds']:.0f} s for the stream, stock "
         f"{stock['seconds']:.0f} s, neither with a start in it"
     )
-    return lines
+    return [line.rstrip() for line in lines]
 
 
 def main() -> None:

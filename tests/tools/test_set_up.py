@@ -32,7 +32,9 @@ def fresh(tmp_path):
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, root)
     bin_.mkdir()
-    for tool in "awk bash cat cksum cp dirname env flock mkdir mktemp rm sed tee".split():
+    for (
+        tool
+    ) in "awk bash cat cksum cp dirname env flock mkdir mktemp rm sed tee".split():
         (bin_ / tool).symlink_to(shutil.which(tool))
     return root, bin_
 
