@@ -129,9 +129,9 @@ def test_an_fp8_cache_is_refused_on_a_cpu():
 
 def test_every_feature_has_its_row():
     wanted = (
-        "prefix cache, chunked prefill, preemption, tensor parallel, pipeline parallel, "
-        "data parallel, Ray, drafts, fp8 KV cache, LoRA, multimodal, quantized weights, "
-        "streaming sessions, KV connectors"
+        "prefix cache, chunked prefill, preemption, tensor parallel, "
+        "pipeline parallel, data parallel, Ray, drafts, fp8 KV cache, LoRA, "
+        "multimodal, quantized weights, streaming sessions, KV connectors"
     )
     missing = [
         name

@@ -24,6 +24,10 @@ esac
 """
 
 
+TOOLS = ["awk", "bash", "cat", "cksum", "cp", "dirname", "env", "flock"]
+TOOLS += ["mkdir", "mktemp", "rm", "sed", "tee"]
+
+
 @pytest.fixture
 def fresh(tmp_path):
     """A clone with nothing set up, and a PATH whose Pythons the test chooses."""
@@ -32,9 +36,7 @@ def fresh(tmp_path):
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, root)
     bin_.mkdir()
-    for (
-        tool
-    ) in "awk bash cat cksum cp dirname env flock mkdir mktemp rm sed tee".split():
+    for tool in TOOLS:
         (bin_ / tool).symlink_to(shutil.which(tool))
     return root, bin_
 
