@@ -19,7 +19,8 @@ while (($#)); do
     shift
 done
 
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+# What it runs needs no extras.
+VLLM_SINK_EXTRAS='' source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 model=${model:-$SMOLLM2}
 [[ -d $model ]] && export HF_HUB_OFFLINE=1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -36,6 +37,19 @@ def last_line(log: Path) -> str:
     return messages[-1].split("] ", 1)[1].strip()[:80]
 
 
+def loop_lines(log: str) -> list[str]:
+    """What a log says of the attention loops: compiled or found, and how long it took.
+
+    At most 70 characters each.
+    """
+    told = (line.partition("] ")[2] for line in log.splitlines())
+    loops = [line for line in told if re.match("(Compiled|Found) the .*loops", line)]
+    return [
+        line if len(line) <= 70 else re.sub(r" in /\S+,", ",", line)[:70]
+        for line in loops
+    ]
+
+
 def fail(log: Path, reason: str) -> None:
     tail = log.read_text(errors="replace").splitlines()[-30:]
     sys.exit("\n".join([*tail, f"error: {reason}; the log is {log}"]))
@@ -52,6 +66,8 @@ def wait_until_healthy(url: str, pid: int, log: Path) -> None:
         try:
             with _open(f"{url}/health", timeout=5):
                 print(f"  server ready after {waited:.0f} s", flush=True)
+                for line in loop_lines(log.read_text(errors="replace")):
+                    print(f"  {line}", flush=True)
                 return
         except (urllib.error.URLError, OSError):
             pass

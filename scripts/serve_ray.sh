@@ -10,7 +10,7 @@
 case " $* " in
     *" -h "* | *" --help "*) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
 esac
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+VLLM_SINK_EXTRAS=ray source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 # Ray's own choice is one thread a replica.
 cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')

