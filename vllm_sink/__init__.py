@@ -24,6 +24,7 @@ def register() -> None:
     compat.warn_if_unsupported()
     compat.register_backend_member()
     compat.register_kv_cache_spec()
+    compat.register_host_cache()
     compat.register_variable(metrics.FOLDER_VARIABLE)
     hook.install(compat.watch_engine_core(groups.check_groups))
     metrics.register_collector()

@@ -80,7 +80,6 @@ def test_cuda_accepts(platform, changes):
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
         ({"block_size": 24}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
-        ({"use_kv_connector": True}, "KV connector not supported"),
         ({"use_dcp": True}, "DCP not supported"),
         ({"use_pcp": True}, "PCP not supported"),
         ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),

@@ -1,24 +1,29 @@
 """What can't be honoured is refused at start: setting, value, remedy."""
 
+import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from vllm import envs, platforms
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.platforms import current_platform
 
 import vllm_sink
-from tests.helpers.refusals import CASES, stub_engine
+from tests.helpers.refusals import CASES, host_cache, stub_engine
 from vllm_sink import __version__
 from vllm_sink.cache import metrics
 from vllm_sink.engine import Engine
 from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.start.checks import CHECKS, check_settings
+from vllm_sink.start.host_cache import EXAMPLE
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,21 @@ def test_engine_settings(case):
     check_settings(stub_engine())
     (text,) = refusals(stub_engine(**case.changes)).values()
     assert text.startswith(f"{case.setting} must ") and re.search(case.message, text)
+
+
+def test_host_memory_behind_the_pool_is_no_stranger():
+    assert not refusals(stub_engine(kv_transfer_config=host_cache()))
+
+
+def test_the_connector_that_a_message_tells_to_pass_is_one():
+    """vLLM takes the flag: it parses, and names a connector that is known."""
+    compat.register_host_cache()
+    flag, value = shlex.split(EXAMPLE)
+    assert flag == "--kv-transfer-config"
+    transfer = KVTransferConfig(**json.loads(value))
+    transfer.kv_connector_extra_config["host_cache_gib"] = 0.5  # on small machines
+    assert not refusals(stub_engine(kv_transfer_config=transfer))
+    assert KVConnectorFactory.supports_hma_config(transfer)
 
 
 def test_every_check_has_a_case():

@@ -28,6 +28,18 @@ def drafter(method: str, **changes: Any) -> SimpleNamespace:
     return config
 
 
+def host_cache(**changes: Any) -> SimpleNamespace:
+    """Looks like vLLM's ``KVTransferConfig`` of host memory behind the pool."""
+    config = SimpleNamespace(
+        kv_connector="SinkHostCache",
+        kv_connector_module_path=None,
+        kv_role="kv_both",
+        kv_connector_extra_config={"host_cache_gib": 0.5},
+    )
+    vars(config).update(changes)
+    return config
+
+
 class Config(SimpleNamespace):
     """Can be referred to weakly, as vLLM's own."""
 
@@ -49,7 +61,7 @@ def stub_config(**changes: Any) -> SimpleNamespace:
         compilation_config=Config(static_forward_context={}),
         kv_transfer_config=None,
         speculative_config=None,
-        cache_config=SimpleNamespace(sliding_window=None),
+        cache_config=SimpleNamespace(sliding_window=None, enable_prefix_caching=True),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=None),
         model_config=SimpleNamespace(
             model="m",
@@ -121,7 +133,78 @@ CASES = [
         "KV connector",
         "kv_connector",
         {"kv_transfer_config": SimpleNamespace(kv_connector="LMCache")},
-        "kv_connector must be unset .* got 'LMCache'; .* drop --kv-transfer",
+        "kv_connector must be SinkHostCache or unset .* got 'LMCache'; .* drop "
+        "--kv-transfer-config, or pass --kv-transfer-config '{",
+    ),
+    Case(
+        "a stranger by our connector's name",
+        "kv_connector",
+        {"kv_transfer_config": host_cache(kv_connector_module_path="theirs")},
+        "kv_connector must be .* got 'SinkHostCache' of theirs; .* drop",
+    ),
+    Case(
+        "vLLM's own offloading",
+        "kv_connector",
+        {
+            "kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector"),
+            "cache_config__kv_offloading_size": 4.0,
+        },
+        "kv_connector must be .* got 'OffloadingConnector'; .*: drop "
+        "--kv-offloading-size, or",
+    ),
+    *(
+        Case(
+            f"host cache of {size}",
+            "kv_connector_extra_config.host_cache_gib",
+            {
+                "kv_transfer_config": host_cache(
+                    kv_connector_extra_config={"host_cache_gib": size}
+                )
+            },
+            r"host_cache_gib must be a number of GiB above 0 and below this machine's "
+            rf"\d+, got {size!r}; pass --kv-transfer-config '{{",
+        )
+        for size in (0, -1, True, "20", 1e9)
+    ),
+    Case(
+        "a host cache without a size",
+        "kv_connector_extra_config.host_cache_gib",
+        {"kv_transfer_config": host_cache(kv_connector_extra_config={})},
+        "host_cache_gib must be a number .* got None; pass",
+    ),
+    Case(
+        "a host cache's misspelt setting",
+        "kv_connector_extra_config.gib",
+        {
+            "kv_transfer_config": host_cache(
+                kv_connector_extra_config={"host_cache_gib": 0.1, "gib": 3}
+            )
+        },
+        "gib must be host_cache_gib, .* got the unknown key with value 3; remove",
+    ),
+    Case(
+        "a host cache that only takes",
+        "kv_role",
+        {"kv_transfer_config": host_cache(kv_role="kv_consumer")},
+        "kv_role must be kv_both .* got 'kv_consumer'; pass",
+    ),
+    Case(
+        "a host cache behind no prefix cache",
+        "enable_prefix_caching",
+        {
+            "kv_transfer_config": host_cache(),
+            "cache_config__enable_prefix_caching": False,
+        },
+        "must be true for SinkHostCache, got false; drop --no-enable-prefix-caching",
+    ),
+    Case(
+        "a host cache of pipeline stages",
+        "pipeline_parallel_size",
+        {
+            "kv_transfer_config": host_cache(),
+            "parallel_config__pipeline_parallel_size": 2,
+        },
+        "must be 1 for SinkHostCache, got 2; use tensor parallelism",
     ),
     Case(
         "MLA",

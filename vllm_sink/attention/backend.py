@@ -132,7 +132,7 @@ class SinkBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # which one is asked at start
 
     @classmethod
     def supports_compute_capability(cls, capability) -> bool:

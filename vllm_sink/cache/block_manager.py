@@ -73,7 +73,13 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
         # Not num_cached_block: it has no entry before a first block is full.
         if row := self.req_to_blocks.get(request_id):
             assert not new_computed_blocks, "a running request has no new hits"
-            return max(num_required - len(row), 0)
+            num_new = max(num_required - len(row), 0)
+            if apply_admission_cap and self.max_admission_blocks_per_request:
+                # A session's next turn, or blocks that came from host memory.
+                num_held = sum(not block.is_null for block in row)
+                room = max(self.max_admission_blocks_per_request - num_held, 0)
+                num_new = min(num_new, room)
+            return num_new
 
         first, last = self.policy.gap_blocks(total_computed_tokens, self.block_size)
         num_held = num_required - (last - first)
@@ -90,13 +96,15 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Adopt a prefix hit: touch sinks and tail, null the gap."""
-        assert num_external_computed_tokens == 0, (
-            "KV connectors are refused at start; see policy.refusals"
-        )
+        """Adopt a prefix hit: touch sinks and tail, null the gap.
+
+        The gap is that of all computed tokens: behind the hit may follow blocks that
+        a KV connector brings.
+        """
         req_blocks = self.req_to_blocks[request_id]
         assert not req_blocks, "only a first allocation adopts a prefix hit"
-        first, last = self.policy.gap_blocks(num_local_computed_tokens, self.block_size)
+        num_computed = num_local_computed_tokens + num_external_computed_tokens
+        first, last = self.policy.gap_blocks(num_computed, self.block_size)
         blocks = list(new_computed_blocks)
         last = min(last, len(blocks))
         if last > first:
@@ -106,7 +114,7 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
             self.metrics.add("vllm:sink_prefix_hits", 1)
             self.metrics.add("vllm:sink_prefix_hit_tokens", num_local_computed_tokens)
             self.count_live(blocks, references=0, sign=1)
-        self.resumed_at[request_id] = num_local_computed_tokens
+        self.resumed_at[request_id] = num_computed
         if self.enable_caching:
             self.order.take_up(held)
             self.block_pool.touch(held)
@@ -122,7 +130,22 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
         num_external_computed_tokens: int,
         record_for_zeroing: bool = True,
     ) -> None:
-        raise AssertionError("KV connectors are refused at start; see policy.refusals")
+        """Blocks for what a KV connector brings: sinks and window, and a null gap."""
+        row = self.req_to_blocks[request_id]
+        num_computed = num_local_computed_tokens + num_external_computed_tokens
+        first, last = self.policy.gap_blocks(num_computed, self.block_size)
+        start = len(row)
+        end = cdiv(num_computed, self.block_size)
+        count = end - start - max(min(last, end) - max(first, start), 0)
+        self.order.make_way(count)
+        new = self.block_pool.get_new_blocks(count)
+        self.order.forget(new)
+        given = iter(new)
+        for index in range(start, end):
+            row.append(self._null_block if first <= index < last else next(given))
+        if record_for_zeroing and self.records_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in new)
+        self.count_new(row, start)
 
     # -- eviction -----------------------------------------------------------
 

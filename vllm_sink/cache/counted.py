@@ -37,12 +37,18 @@ class CountedBlocks(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if self.metrics and new:
-            start = len(self.req_to_blocks[request_id]) - len(new)
-            sinks = max(min(self.num_sink_blocks - start, len(new)), 0)
-            self.metrics.add(self.gauge, len(new))
-            self.metrics.add("vllm:sink_pinned_blocks", sinks)
+        row = self.req_to_blocks[request_id]
+        self.count_new(row, len(row) - len(new))
         return new
+
+    def count_new(self, row: Sequence[KVCacheBlock], start: int) -> None:
+        """Count blocks that a request was given, from the row's index ``start`` on."""
+        if not self.metrics or start >= len(row):
+            return
+        new = [not block.is_null for block in row[start:]]
+        self.metrics.add(self.gauge, sum(new))
+        sinks = sum(new[: max(self.num_sink_blocks - start, 0)])
+        self.metrics.add("vllm:sink_pinned_blocks", sinks)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
@@ -82,6 +88,26 @@ class OrderedBlocks(SingleTypeKVCacheManager):
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.order.forget(new)
         return new
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        row = self.req_to_blocks[request_id]
+        held = len(row)
+        num_computed = num_local_computed_tokens + num_external_computed_tokens
+        missing = cdiv(num_computed, self.block_size) - held
+        self.order.make_way(max(missing, 0))
+        super().allocate_external_computed_blocks(
+            request_id,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            record_for_zeroing,
+        )
+        self.order.forget(row[held:])
 
     def cache_blocks(
         self,
@@ -131,3 +157,19 @@ class RetrievalManager(CountedBlocks, OrderedBlocks, FullAttentionManager):
             num_local_computed_tokens,
             num_external_computed_tokens,
         )
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        start = len(self.req_to_blocks[request_id])
+        super().allocate_external_computed_blocks(
+            request_id,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            record_for_zeroing,
+        )
+        self.count_new(self.req_to_blocks[request_id], start)

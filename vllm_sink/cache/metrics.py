@@ -28,12 +28,19 @@ COUNTERS = {
     "vllm:sink_evicted_blocks": "Gap blocks evicted from running requests.",
     "vllm:sink_prefix_hits": "Requests that adopted cached sinks and window.",
     "vllm:sink_prefix_hit_tokens": "Tokens that those requests did not compute.",
+    "vllm:sink_host_stored_blocks": "Blocks copied to host memory.",
+    "vllm:sink_host_stored_bytes": "Their bytes, of all workers.",
+    "vllm:sink_host_hits": "Requests whose sinks or window came from host memory.",
+    "vllm:sink_host_hit_tokens": "Tokens that those requests did not compute.",
+    "vllm:sink_host_loaded_blocks": "Blocks copied from host memory.",
+    "vllm:sink_host_loaded_bytes": "Their bytes, of all workers.",
 }
 GAUGES = {
     "vllm:sink_live_blocks": "Blocks that requests hold, shared ones once; with "
     "retrieval heads those of the others.",
     "vllm:sink_retrieval_blocks": "Blocks that requests hold for retrieval heads.",
     "vllm:sink_pinned_blocks": "Sink blocks among them: never evicted.",
+    "vllm:sink_host_blocks": "Blocks that lie in host memory.",
 }
 FILE_BYTES = 1 << 16  # more than the names above take
 

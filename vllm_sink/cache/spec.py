@@ -34,7 +34,7 @@ class SinkSpec(SlidingWindowSpec):
       ours stand in the middle, stay in the list and are skipped one by one;
     - ``_promote_local_kv_cache_specs`` (``--disable-hybrid-kv-cache-manager``) makes
       it a ``FullAttentionSpec`` beside one of those: refused at start;
-    - KV connectors and offloading give up the head: refused at start;
+    - KV connectors and offloading give up the head: refused at start, but ours;
     - ``kv_cache_spec_kind`` calls it ``sliding_window`` in KV events and in the
       engine's group metadata: a router that reads those knows nothing of the sinks;
     - ``extra_retained_tokens`` (several speculative modules) widens the window:

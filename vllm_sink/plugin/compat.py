@@ -8,6 +8,7 @@ load, and an unknown value is an error.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -177,6 +178,18 @@ def watch_engine_core(check: Callable[[Any], None]) -> str | None:
     then_check.checked_by_sink = True  # type: ignore[attr-defined]
     setattr(EngineCore, _AFTER_SCHEDULER, then_check)
     return None
+
+
+def register_host_cache() -> None:
+    """Tell vLLM of our KV connector by name; idempotent."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from vllm_sink.start.host_cache import CONNECTOR
+
+    with contextlib.suppress(ValueError):  # it is registered
+        KVConnectorFactory.register_connector(
+            CONNECTOR, "vllm_sink.plugin.host_connector", CONNECTOR
+        )
 
 
 def register_variable(name: str) -> None:

@@ -19,6 +19,7 @@ from vllm_sink.engine import BACKEND_NAME, Engine
 from vllm_sink.policy.config import SECTION, has_section
 from vllm_sink.rotation.own_rotation import changed_rotation
 from vllm_sink.start.drafters import MODEL_FREE_DRAFTERS, check_drafter
+from vllm_sink.start.host_cache import check_connector
 from vllm_sink.start.lookalikes import refuse_lookalikes
 from vllm_sink.start.must import must
 
@@ -102,18 +103,6 @@ def _context_parallel(engine: Engine) -> None:
             getattr(parallel, name),
             "a bounded context needs no context parallelism: use tensor parallelism",
         )
-
-
-def _kv_connector(engine: Engine) -> None:
-    transfer = engine.vllm_config.kv_transfer_config
-    connector = transfer and transfer.kv_connector
-    must(
-        connector is None,
-        "kv_connector",
-        f"be unset with {FLAG}",
-        repr(connector),
-        "connectors assume append-only blocks: drop --kv-transfer-config",
-    )
 
 
 def _kind_of_model(engine: Engine) -> None:
@@ -307,7 +296,7 @@ CHECKS: tuple[Check, ...] = (
     _platform,
     _lookalikes,
     _context_parallel,
-    _kv_connector,
+    check_connector,
     _kind_of_model,
     _retrieval_heads,
     _reaches_a_layer,
