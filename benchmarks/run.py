@@ -18,6 +18,7 @@ BENCHMARKS = (
     "manager_cost",
     "million",
     "chats",
+    "host_cache",
 )
 OWN_MODEL = ("manager_cost", "attention", "million", "chats")  # none, or a random one
 
