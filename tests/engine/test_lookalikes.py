@@ -7,8 +7,13 @@ from vllm_sink.start.lookalikes import refuse_lookalikes
 OURS = {"num_sink_tokens": 4, "window_size": 60}
 
 
-def refused(additional, selected=True):
-    return [str(x) for x in refuse_lookalikes(additional, selected=selected)]
+def refused(additional, selected=True) -> list[str]:
+    """What it is refused with; nothing if it isn't."""
+    try:
+        refuse_lookalikes(additional, selected=selected)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 @pytest.mark.parametrize(
