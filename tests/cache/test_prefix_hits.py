@@ -128,3 +128,11 @@ def test_with_room_a_prompt_hits_what_stock_would(kind, case, policy, hits):
     for interval in (0, None):
         config = dict(prefix_cache_retention_interval=interval)
         assert case(kind, policy, **config) == hits, f"interval {interval}"
+
+
+@pytest.mark.parametrize("kind", ["stock", "plain", "heads", "heads, windowed"])
+def test_a_prompt_of_whole_blocks_leaves_a_token_to_compute(kind):
+    """All of it is cached, and its last token's logits still have to be computed."""
+    server = Server(manager_of(kind, (4, 252)))
+    prompt = text(1, 6 * BLOCK)
+    assert [server.serve(prompt, text(2, 5)) for _ in range(2)] == [0, 5 * BLOCK]
