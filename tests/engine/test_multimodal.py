@@ -7,6 +7,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.zoo.reference import NAME, logprobs
+from vllm_sink.engine import Engine
 from vllm_sink.rotation.measure import measure_model
 from vllm_sink.rotation.table import Unknown
 
@@ -87,7 +88,7 @@ def test_several_positions_a_token(path, monkeypatch):
             config.model_config.multimodal_config, "language_model_only", False
         )
         layers = get_layers_from_vllm_config(config, Attention)
-        found = measure_model(runner.get_model(), layers, config)
+        found = measure_model(Engine.of(config), runner.get_model(), layers)
     assert (got - want).abs().max() < 2e-3
     assert (got - far).abs().max() > 0.04, "no turn to be seen"
     assert set(found) == set(layers) and layers
