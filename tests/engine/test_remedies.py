@@ -299,7 +299,7 @@ def as_settings(message: str) -> dict:
 
 def tables(llm) -> list[torch.Tensor]:
     return [
-        layer.impl.rotation.cos_sin_cache
+        layer.impl.rotation.rows
         for layer in model_runner(llm)
         .attn_groups[0][0]
         .get_metadata_builder()
@@ -368,7 +368,7 @@ def test_a_drafters_table_is_lengthened(kind, tmp_path):
         layers = group.get_metadata_builder().layers
         assert layers
         for layer in layers.values():
-            assert len(layer.impl.rotation.cos_sin_cache) >= ASKED
+            assert len(layer.impl.rotation.rows) >= ASKED
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
