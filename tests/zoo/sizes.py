@@ -10,6 +10,7 @@ from vllm_sink.tools.model_layers import read_config, read_shape
 
 # Layers of state share the pool: their pages are no arithmetic of ours.
 UNCOUNTED = {"LFM2", "Falcon-H1", "Nemotron-H", "Qwen3-Next"}
+UNCOUNTED |= {"Zamba2", "Qwen3.5", "Qwen3.5 MoE"}
 
 
 def check_size(entry: Entry, path: str, llm) -> None:

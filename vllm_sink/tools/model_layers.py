@@ -185,6 +185,9 @@ def _generates(config: Any) -> bool:
 
         if names & {*registry._TEXT_GENERATION_MODELS, *registry._MULTIMODAL_MODELS}:
             return True
+        # vLLM serves others through Transformers, GPT-NeoX for one.
+        if any(name.endswith("ForCausalLM") for name in names):
+            return True
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return True
     if _get(config, "is_decoder") is False:
