@@ -163,6 +163,11 @@ def inspect(model, tokens: list[int]) -> Layers:
             f" got none in {name}; a model whose layers all have windows needs no "
             "retrieval heads: serve it without --attention-backend sink"
         )
+    if min(seen) < 0:  # Zamba2's, whose module has no layer's index
+        raise ValueError(
+            "model must have an attention module for each layer, got one that several "
+            f"layers share in {name}; serve it without retrieval heads"
+        )
     if len(set(seen.values())) > 1:
         raise ValueError(
             f"model must have as many KV heads in each full-attention layer, got "
