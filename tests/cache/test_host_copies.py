@@ -411,21 +411,20 @@ def test_an_earlier_turn_of_a_chat_goes_before_other_chats():
     assert set(store.entries) == {"a", "c", "d"}
 
 
-def test_a_row_that_came_from_elsewhere_is_charged_for_what_it_may_hold():
-    """Admission of a long prompt behind it, in a pool of few blocks: no wait."""
-    size = 16
+def pool_of_eight(num_tokens: int) -> tuple:
+    """A manager of 8 blocks of 16 tokens, and a request of so many."""
     manager = make_manager(
-        RetentionPolicy(4, 60),
-        size,
-        9,
-        max_model_len=10_000,
-        max_in_flight_tokens=16,
+        RetentionPolicy(4, 60), 16, 9, max_model_len=10_000, max_in_flight_tokens=16
     )
     init_none_hash(sha256)
-    hasher = get_request_block_hasher(size, sha256)
-    request = Request(
-        "a", [1] * 5000, SamplingParams(max_tokens=9), None, block_hasher=hasher
-    )
+    hasher = get_request_block_hasher(16, sha256)
+    params = SamplingParams(max_tokens=9)
+    return manager, Request("a", [1] * num_tokens, params, None, block_hasher=hasher)
+
+
+def test_a_row_that_came_from_elsewhere_is_charged_for_what_it_may_hold():
+    """Admission of a long prompt behind it, in a pool of few blocks: no wait."""
+    manager, request = pool_of_eight(5000)
     computed = 2000
     assert manager.allocate_slots(
         request, 0, num_external_computed_tokens=computed, delay_cache_blocks=True
@@ -438,19 +437,7 @@ def test_a_row_that_came_from_elsewhere_is_charged_for_what_it_may_hold():
 
 
 def test_a_sessions_next_turn_may_be_longer_than_the_pool():
-    size = 16
-    manager = make_manager(
-        RetentionPolicy(4, 60),
-        size,
-        9,
-        max_model_len=10_000,
-        max_in_flight_tokens=16,
-    )
-    init_none_hash(sha256)
-    hasher = get_request_block_hasher(size, sha256)
-    request = Request(
-        "a", [1] * 16, SamplingParams(max_tokens=9), None, block_hasher=hasher
-    )
+    manager, request = pool_of_eight(16)
     assert manager.allocate_slots(request, 16)
     request.num_computed_tokens = 16
     request.append_output_token_ids([2] * 5000)  # as vLLM appends a turn

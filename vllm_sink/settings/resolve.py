@@ -79,27 +79,17 @@ def resolved(config: SinkConfig, shape: ModelShape) -> SinkConfig:
     )
 
 
-def model_shape(model_config: Any, name: str = "the model") -> ModelShape:
-    """The attention heads of vLLM's ``ModelConfig`` or of Hugging Face's.
+def model_shape(model_config: Any) -> ModelShape:
+    """The attention heads of vLLM's ``ModelConfig``.
 
-    vLLM knows what model families call their heads and layers; of Hugging Face's
-    configuration the usual names are read.
+    vLLM knows what model families call their heads and layers.
     """
-    if hasattr(model_config, "hf_text_config"):
-        text = model_config.hf_text_config
-        num_layers = model_config.get_total_num_hidden_layers()
-        num_kv_heads = model_config.get_total_num_kv_heads()
-        name = model_config.model
-    else:
-        text = model_config.get_text_config(decoder=True)
-        num_layers = text.num_hidden_layers
-        own = getattr(text, "num_key_value_heads", None)
-        num_kv_heads = own or text.num_attention_heads
+    text = model_config.hf_text_config
     facts = tuple((fact, getattr(text, fact, None)) for fact in FACTS)
     return ModelShape(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
+        num_layers=model_config.get_total_num_hidden_layers(),
+        num_kv_heads=model_config.get_total_num_kv_heads(),
         num_heads=text.num_attention_heads,
         facts=tuple(fact for fact in facts if fact[1] is not None),
-        name=name,
+        name=model_config.model,
     )

@@ -24,9 +24,6 @@ MAX_SPLITS = 64
 KEYS_PER_SPLIT = 128
 PROGRAMS_PER_CORE = 2  # of decode; within 11% of the best on an H100
 INTERPRETER_CORES = 8  # a small machine, so that tests see several splits
-# Targets that tests and tables name; others fall back to their family.
-CUDA_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
-HIP_TARGETS = ("gfx942", "gfx950")
 
 # Triton decides at import, when it decorates a kernel, whether to interpret it.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
