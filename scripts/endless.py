@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import CancelledError
 from contextlib import aclosing
 from pathlib import Path
 
@@ -139,9 +140,20 @@ class Turns:
     def _read(self, pieces: Iterator[list[int]], loop) -> None:
         try:
             for piece in pieces:
-                asyncio.run_coroutine_threadsafe(self.queue.put(piece), loop).result()
+                if not self._put(piece, loop):
+                    return
         finally:
-            asyncio.run_coroutine_threadsafe(self.queue.put(None), loop)
+            self._put(None, loop)
+
+    def _put(self, piece: list[int] | None, loop) -> bool:
+        """Whether somebody can still take it: an interrupt ends the loop first."""
+        put = self.queue.put(piece)
+        try:
+            asyncio.run_coroutine_threadsafe(put, loop).result()
+        except (RuntimeError, CancelledError):
+            put.close()
+            return False
+        return True
 
     async def next(self) -> list[int] | None:
         """The next turn's tokens; None: the text has ended."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,28 @@ def test_the_next_session_begins_before_the_room_ends(endless, room):
     assert max(engine.lengths) > room - 34 - 4, "sessions must use their room"
     fed = [[token for token in turn if token != 99] for turn in engine.turns]
     assert fed == turns
+
+
+@pytest.mark.parametrize("last", ["a turn", "the end"])
+def test_what_is_read_after_the_end_is_dropped(endless, last, monkeypatch):
+    """The interrupt that ends the script often ends what writes to it, too."""
+    failures, may_read, threads = [], threading.Event(), set(threading.enumerate())
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+
+    def pieces():
+        yield [1]
+        may_read.wait()
+        if last == "a turn":
+            yield [2]
+
+    async def follow() -> None:
+        assert await endless.Turns(pieces()).next() == [1]
+
+    asyncio.run(follow())
+    (reader,) = set(threading.enumerate()) - threads
+    may_read.set()
+    reader.join(60)
+    assert not reader.is_alive() and not failures
 
 
 # The script with an engine that only says that it was shut down, without vLLM.
