@@ -232,18 +232,16 @@ class Engine:
         dtype: str = "float32",
         **kwargs,
     ) -> None:
-        from vllm import LLM
-
+        from tests.helpers.engine import start_engine
         from vllm_sink.rotation.table_length import overrides_for
 
         if name == "sink":
             kwargs["attention_backend"] = "sink"
             kwargs["additional_config"] = POLICY
         self.name = name
-        self.llm = LLM(
+        self.llm = start_engine(
             model,
             dtype=dtype,
-            enforce_eager=True,
             max_model_len=max_model_len,
             hf_overrides=overrides_for(model, max_model_len),
             **{"max_num_batched_tokens": 2048, "max_num_seqs": 16, **kwargs},

@@ -9,20 +9,16 @@ for one with a prefill.
 
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("", "kernels")]
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from vllm_sink_kernels.triton import cache_write, decode, merge, prefill  # noqa: E402
+import pytest
+import torch
+from vllm_sink_kernels.triton import cache_write, decode, merge, prefill
 
-from tests.gpu_path.steps import (  # noqa: E402
+from tests.gpu_path.steps import (
     SINKS,
     WINDOW,
     LayerInputs,

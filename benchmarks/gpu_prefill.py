@@ -6,10 +6,8 @@ FlashAttention 3 with the window alone, which is what they are measured against,
 over all keys.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +41,7 @@ TARGET = 0.85  # of FlashAttention 3's rate with the window alone
 def find_attention() -> Callable[..., Any]:
     """FlashAttention 3, or in the interpreter its stand-in."""
     if INTERPRET:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests/kernels"))
-        from flash_stand_in import flash_attn_varlen_func
+        from tests.kernels.flash_stand_in import flash_attn_varlen_func
     else:
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
     return flash_attn_varlen_func

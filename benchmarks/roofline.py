@@ -11,11 +11,7 @@ prefill, and the merge of splits.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from vllm_sink_kernels.triton import launch_config
 from vllm_sink_kernels.triton.checks import pow2

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from evals import engine
 from evals.policies import Policy
 from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
@@ -135,7 +134,7 @@ def measure_engine(args: argparse.Namespace, path: Path) -> None:
             }
 
             def measure(policy=policy) -> dict[str, Any]:
-                with engine.open_engine(args.model, policy, length + 16) as llm:
+                with policy.open_engine(args.model, length + 16) as llm:
                     outputs = llm.generate(prompts, params, use_tqdm=False)
                 told = [list(output.outputs[0].token_ids) for output in outputs]
                 same = (a == b for a, b in zip(told, answers, strict=True))

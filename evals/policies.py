@@ -84,6 +84,23 @@ class Policy:
         del section["name"]
         return {"attention_backend": "sink", "additional_config": {"sink": section}}
 
+    def open_engine(self, model: str, max_model_len: int):
+        """An fp32 engine under the policy, for texts of ``max_model_len`` tokens.
+
+        A context manager. The rotary table is lengthened where the model's own is
+        shorter.
+        """
+        from tests.helpers.engine import sink_engine
+        from vllm_sink.rotation.table_length import overrides_for
+
+        return sink_engine(
+            model,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=2048,
+            hf_overrides=overrides_for(model, max_model_len),
+            **self.engine_args(),
+        )
+
     @property
     def budget(self) -> int | None:
         """S + W, the tokens that every head can see; None is all of them."""

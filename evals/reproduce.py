@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals import engine, heads, methods, plots
+from evals import heads, methods, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
@@ -64,13 +64,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def perplexity_rows(args: argparse.Namespace, policies: list[Policy]) -> list[dict]:
     """Mean negative log-probability of each segment under each policy."""
+    from tests.helpers.engine import prompt_logprobs
+
     tokens = read_tokens(args.model, args.text, args.tokens)
     rows = []
     for policy in policies:
         start = time.perf_counter()
-        with engine.open_engine(args.model, policy, len(tokens) + 16) as llm:
+        with policy.open_engine(args.model, len(tokens) + 16) as llm:
             # Entry i belongs to token i+1; the first token has none.
-            nll = -engine.logprobs(llm, tokens)
+            nll = -prompt_logprobs(llm, [tokens])[0].double()
         seconds = time.perf_counter() - start
         print(f"{policy.name}: {seconds:.0f} s", flush=True)
         for first in range(0, len(tokens), SEGMENT):

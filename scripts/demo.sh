@@ -27,6 +27,8 @@ model=${model:-$SMOLLM2}
 export OMP_WAIT_POLICY=passive
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 vllm=$(dirname "$PYTHON")/vllm
+# The repository's own modules, wherever this runs: paths are as the user gave them.
+own() { PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 log=$ROOT/.cache/serve.log
 port=$("$PYTHON" -c 'import socket
 s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -38,11 +40,10 @@ print(*sorted(os.sched_getaffinity(0)), sep=",")' 2>/dev/null || true)
 if [[ -z ${VLLM_CPU_OMP_THREADS_BIND:-} && $cores =~ ^[0-9]+,[0-9]+$ ]]; then
     serve_env=(VLLM_CPU_OMP_THREADS_BIND="$cores")
 fi
-read -r trained dtype < <("$PYTHON" - "$ROOT/scripts" "$model" <<'PY'
+read -r trained dtype < <(own - "$model" <<'PY'
 import sys
-sys.path.insert(0, sys.argv[1])
-from demo_stream import fast_dtype, trained_length
-print(trained_length(sys.argv[2]), fast_dtype())
+from scripts.demo_stream import fast_dtype, trained_length
+print(trained_length(sys.argv[1]), fast_dtype())
 PY
 )
 # A row of the rotary table for every position, past the trained length too.
@@ -79,7 +80,7 @@ echo "2. Ask it over the OpenAI API"
 
 echo
 echo "3. Stream a text longer than the trained length ($trained tokens)"
-"$PYTHON" "$ROOT/scripts/demo_stream.py" "$model" --trained-length "$trained" \
+own -m scripts.demo_stream "$model" --trained-length "$trained" \
     --dtype "$dtype" \
     ${stream[@]+"${stream[@]}"}
 echo

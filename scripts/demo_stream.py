@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import fast_dtype
 from scripts.demo_chat import loop_lines
 
@@ -160,7 +159,8 @@ def run_policy(args: argparse.Namespace) -> None:
 
 def run_child(policy: str, args: argparse.Namespace) -> dict:
     """Run one policy in a process; show its progress; return its result."""
-    command = [sys.executable, __file__, args.model, "--policy", policy]
+    command = [sys.executable, "-m", "scripts.demo_stream", args.model]
+    command += ["--policy", policy]
     command += ["--sinks", str(args.sinks), "--window", str(args.window)]
     command += ["--trained-length", str(args.trained_length), "--dtype", args.dtype]
     if args.text is not None:

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Check the whole engine: a small random model, past the window, against a reference.
 
-    python scripts/engine_check.py               # a GPU: default runner, graphs on
-    python scripts/engine_check.py --interpret   # no GPU: Triton's interpreter
+    python -m scripts.engine_check               # a GPU: default runner, graphs on
+    python -m scripts.engine_check --interpret   # no GPU: Triton's interpreter
 
 ``scripts/gpu_check.py`` runs it where vLLM can be imported. Prompts in chunks and
 generated tokens, both past the window, must have the log-probabilities that Hugging
@@ -16,16 +15,13 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to look inside
 if "--interpret" in sys.argv:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import torch  # noqa: E402
+import torch
 
 TOLERANCE = 2e-3  # float32 through two implementations, of log-probabilities
 VISIBLE = 0.1  # how far the model without the policy must be at least
@@ -95,11 +91,10 @@ def check_engine(
         heads: [layers][KV heads], 1 for a retrieval head.
         settings: More of ``vllm.LLM``'s; ``triton_interpreter`` belongs to the policy.
     """
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm import SamplingParams
 
     from tests.helpers.dense_reference import DenseReference
-    from tests.helpers.engine import model_runner
+    from tests.helpers.engine import model_runner, output_logprobs, sink_engine
     from tests.helpers.heads_reference import HeadsReference
 
     section = {
@@ -109,20 +104,6 @@ def check_engine(
     }
     if heads is not None:
         section["retrieval_heads"] = heads
-    llm = LLM(
-        model,
-        dtype="float32",
-        attention_backend="sink",
-        additional_config={"sink": section},
-        max_model_len=max(lengths) + max_tokens,
-        max_num_seqs=8,
-        max_num_batched_tokens=max(lengths) // 3,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        **settings,
-    )
-    kind = type(model_runner(llm))
-    mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
     prompts = random_prompts(lengths)
     params = SamplingParams(
         temperature=0,
@@ -132,12 +113,21 @@ def check_engine(
         logprobs=0,
         prompt_logprobs=0,
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False
-    )
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    cleanup_dist_env_and_memory()
+    settings = {
+        "enforce_eager": False,
+        "attention_backend": "sink",
+        "additional_config": {"sink": section},
+        "max_model_len": max(lengths) + max_tokens,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": max(lengths) // 3,
+        **settings,
+    }
+    with sink_engine(model, **settings) as llm:
+        kind = type(model_runner(llm))
+        mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+        outputs = llm.generate(
+            [{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False
+        )
     dense = DenseReference(model)
     policies = [lambda tokens: dense.logprobs(tokens, sinks, len(tokens))]
     if heads is None:
@@ -149,10 +139,7 @@ def check_engine(
     for prompt, output in zip(prompts, outputs, strict=True):
         reply = output.outputs[0]
         tokens = prompt + list(reply.token_ids)
-        entries = [*output.prompt_logprobs[1:], *reply.logprobs]
-        got = torch.tensor(
-            [e[t].logprob for e, t in zip(entries, tokens[1:], strict=True)]
-        )
+        got = output_logprobs(output)
         want = reference(tokens)
         error = (got - want).abs().nan_to_num(torch.inf)
         split = len(prompt) - 1

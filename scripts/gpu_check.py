@@ -1,11 +1,12 @@
-#!/usr/bin/env python3
-"""Check and time the kernels on a GPU: torch and Triton are all it needs.
+"""A check of the kernels on a GPU, and their times: it needs torch and Triton alone.
 
-    python scripts/gpu_check.py              # correctness, engine, times, then the CSV
-    python scripts/gpu_check.py --quick      # a corner of the matrix, short timing
-    python scripts/gpu_check.py --part times
-    python scripts/gpu_check.py --part prefill mixes    # every variant
-    python scripts/gpu_check.py --interpret --quick   # no GPU: correctness and engine
+From the repository's root, once ``pip install --no-deps .`` has put the kernels there:
+
+    python -m scripts.gpu_check              # correctness, engine, times, then the CSV
+    python -m scripts.gpu_check --quick      # a corner of the matrix, short timing
+    python -m scripts.gpu_check --part times
+    python -m scripts.gpu_check --part prefill mixes    # every variant
+    python -m scripts.gpu_check --interpret --quick   # no GPU: correctness and engine
 
 Correctness runs decode, prefill and cache write against ``reference`` (error at
 most twice that of the reference run in the kernel's precision), in as many processes
@@ -29,7 +30,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if "--interpret" in sys.argv:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 from vllm_sink_kernels import reference  # noqa: E402
@@ -213,9 +213,9 @@ def engine():
     if missing:
         print(f"engine: not checked, {missing[0]} can't be imported here")
         return 0
-    command = [sys.executable, ROOT / "scripts/engine_check.py"]
+    command = [sys.executable, "-m", "scripts.engine_check"]
     sys.stdout.flush()
-    return subprocess.run(command + ["--interpret"] * INTERPRET).returncode
+    return subprocess.run(command + ["--interpret"] * INTERPRET, cwd=ROOT).returncode
 
 
 def main():

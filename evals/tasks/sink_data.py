@@ -1,7 +1,8 @@
 """Data for the tasks: prose, lengths in tokens, natural words.
 
-The harness imports each task's ``utils.py`` by its path, so this module is no
-part of a package: ``utils.py`` puts this folder on ``sys.path`` and imports it.
+The harness imports each task's ``utils.py`` by its path, and that imports this module:
+the harness must run where ``evals`` can be imported, as ``python -m lm_eval`` from the
+repository's root.
 
 Every ``custom_dataset`` function gets the task's ``metadata``, overlaid by the
 arguments of the model and by ``--metadata``. Of these the functions here read

@@ -1,8 +1,15 @@
-"""In-process engines for the tests, and a look inside them."""
+"""Engines in this process, log-probabilities from them, and a look inside.
+
+Tests, evals, scripts and benchmarks start theirs here.
+"""
 
 import contextlib
 import gc
+import os
 from pathlib import Path
+
+# Before vLLM reads it: no second process, so that the next engine starts in seconds.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
 from vllm import LLM, SamplingParams
@@ -19,13 +26,14 @@ def uncollected():
         gc.collect = collect
 
 
-@contextlib.contextmanager
-def sink_engine(
+def start_engine(
     model, sinks=None, window=None, *, positions="cache", retrieval=None, **kwargs
-):
+) -> LLM:
     """An engine under (S, W); stock attention when ``sinks`` is None.
 
-    ``retrieval``: settings of retrieval heads, without their ``retrieval_``.
+    Args:
+        retrieval: Settings of retrieval heads, without their ``retrieval_``.
+        kwargs: More of ``vllm.LLM``'s; float32 without graphs if they don't say.
     """
     if sinks is not None:
         kwargs["attention_backend"] = "sink"
@@ -39,10 +47,17 @@ def sink_engine(
         }
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("dtype", "float32")
+    kwargs.setdefault("enforce_eager", True)
     # Random models have no tokenizer.
     kwargs.setdefault("skip_tokenizer_init", not any(Path(model).glob("tokenizer*")))
     with uncollected():
-        llm = LLM(model, enforce_eager=True, disable_log_stats=True, **kwargs)
+        return LLM(model, disable_log_stats=True, **kwargs)
+
+
+@contextlib.contextmanager
+def sink_engine(model, *policy, **kwargs):
+    """:func:`start_engine`'s for a block, its memory given back afterwards."""
+    llm = start_engine(model, *policy, **kwargs)
     try:
         yield llm
     finally:
@@ -66,8 +81,19 @@ def prompt_logprobs(llm, prompts) -> list[torch.Tensor]:
 
 
 def output_logprobs(output) -> torch.Tensor:
-    """[T-1] log-probabilities of the prompt's tokens in a reply to SCORING."""
-    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    """[T-1] log-probabilities of each token after the first, as far as asked for.
+
+    The prompt's if ``prompt_logprobs`` were, then the reply's if ``logprobs`` were.
+    """
+    reply = output.outputs[0]
+    entries, tokens = [], []
+    if output.prompt_logprobs is not None:
+        entries += output.prompt_logprobs[1:]
+        tokens += output.prompt_token_ids[1:]
+    if reply.logprobs is not None:
+        entries += reply.logprobs
+        tokens += reply.token_ids
+    pairs = zip(entries, tokens, strict=True)
     return torch.tensor([entry[token].logprob for entry, token in pairs])
 
 

@@ -12,7 +12,6 @@ tests/kernels_aot and its numerics are checked on a GPU by scripts/gpu_check.py.
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ import torch
 if "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
 if COMPILED:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from batches import NAN, Batch, assert_close, make_batch
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import LaunchConfig, num_cores
 from vllm_sink_kernels.triton.prefill import sink_prefill
+
+from tests.kernels.batches import NAN, Batch, assert_close, make_batch
 
 EVERYTHING = (0, 4096)  # the policy of a head that keeps all: W reaches every key
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import STALE_ID, assert_close, make_batch
 from vllm_sink_kernels.triton.head_table import layout_of
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.primitives import ALIKE, APART, PACKED
+
+from tests.kernels.batches import STALE_ID, assert_close, make_batch
 
 SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)
 # Tiles inside and at the edges of two sizes.

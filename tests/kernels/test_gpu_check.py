@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "scripts/gpu_check.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_correctness_part_passes_under_the_interpreter():
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--interpret", "--quick"],
+        [sys.executable, "-m", "scripts.gpu_check", "--interpret", "--quick"],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

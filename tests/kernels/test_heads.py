@@ -2,14 +2,6 @@
 
 import pytest
 import torch
-from batches import NAN, STALE_ID, assert_close, make_batch
-from head_batches import (
-    EVERYTHING,
-    HeadsBatch,
-    check_heads,
-    make_heads_batch,
-    slots_of,
-)
 from vllm_sink_kernels.triton import decode
 from vllm_sink_kernels.triton.cache_write import write_kv_cache
 from vllm_sink_kernels.triton.head_table import HeadTable
@@ -18,6 +10,15 @@ from vllm_sink_kernels.triton.primitives import (
     HEAD_COLUMN,
     SINKS_COLUMN,
     WINDOW_COLUMN,
+)
+
+from tests.kernels.batches import NAN, STALE_ID, assert_close, make_batch
+from tests.kernels.head_batches import (
+    EVERYTHING,
+    HeadsBatch,
+    check_heads,
+    make_heads_batch,
+    slots_of,
 )
 
 SMALL = LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)

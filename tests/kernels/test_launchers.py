@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from batches import make_batch
 from vllm_sink_kernels.triton import (
     cache_write,
     decode,
@@ -13,6 +12,8 @@ from vllm_sink_kernels.triton import (
     prefill,
 )
 from vllm_sink_kernels.triton.launch_config import INTERPRETER_CORES, Row
+
+from tests.kernels.batches import make_batch
 
 BAD = [
     ({"window_size": 0}, "window_size must be >= 1, got 0; "),

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from batches import make_batch
 from triton.runtime import interpreter
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
+
+from tests.kernels.batches import make_batch
 
 TILE = 16
 CONFIG = LaunchConfig(block_m=16, block_n=TILE, num_warps=1, num_stages=1)

@@ -6,8 +6,9 @@ one dense mask in fp64: no block table, no table of cosines, no turn.
 
 import pytest
 import torch
-from batches import make_batch, rope_table
 from vllm_sink_kernels import reference
+
+from tests.kernels.batches import make_batch, rope_table
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, rot_dim: int, is_neox: bool):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from batches import NAN, STALE_ID, Batch, assert_close, make_batch
-from flash_stand_in import flash_attn_varlen_func
 from vllm_sink_kernels.triton import window
 from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.window import WindowPrefill
+
+from tests.kernels.batches import NAN, STALE_ID, Batch, assert_close, make_batch
+from tests.kernels.flash_stand_in import flash_attn_varlen_func
 
 
 def run(

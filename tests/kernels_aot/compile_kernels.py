@@ -1,9 +1,11 @@
 """Compile the shipped kernels ahead of time and report what they use.
 
 No GPU is needed: Triton compiles for a named target, and the ``cuobjdump`` that it
-bundles reads the resources out of the binary. ``python
-tests/kernels_aot/compile_kernels.py --csv benchmarks/results/kernel_resources.csv``
-writes the table of every case; the tests compile the same cases and judge them.
+bundles reads the resources out of the binary. The tests compile the same cases and
+judge them. The table of every case::
+
+    python -m tests.kernels_aot.compile_kernels \\
+        --csv benchmarks/results/kernel_resources.csv
 """
 
 import argparse

@@ -12,13 +12,9 @@ then, for the default cases or, with KERNELS_AOT=all, every shipped one::
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1] / "kernels"), str(HERE)]
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import triton
-from compile_kernels import (
+from triton.compiler import ASTSource
+from vllm_sink_kernels.triton import cache_write, merge, plan, window
+
+from tests.kernels_aot.compile_kernels import (
     LOOP_INSTRUCTIONS,
     TARGETS,
     Case,
@@ -25,8 +28,6 @@ from compile_kernels import (
     tiles_ahead_wanted,
     variant_of,
 )
-from triton.compiler import ASTSource
-from vllm_sink_kernels.triton import cache_write, merge, plan, window
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/kernel_resources.csv"

@@ -114,7 +114,7 @@ def ask(llm, prompts, max_tokens: int = 8, *, score_prompts: bool = False):
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
         check_live_blocks(llm)
-    return [reply(outputs[str(i)], prompt) for i, prompt in enumerate(prompts)]
+    return [reply(outputs[str(i)]) for i in range(len(prompts))]
 
 
 def first_turn(llm) -> list[Reply]:
@@ -135,14 +135,11 @@ def scored(llm) -> list[Reply]:
     return ask(llm, PROMPTS[1:2], score_prompts=True)
 
 
-def reply(output, prompt: list[int]) -> Reply:
+def reply(output) -> Reply:
+    from tests.helpers.engine import output_logprobs
+
     tokens = list(output.outputs[0].token_ids)
-    scored, entries = list(tokens), list(output.outputs[0].logprobs)
-    if output.prompt_logprobs is not None:
-        scored = prompt[1:] + scored
-        entries = [*output.prompt_logprobs[1:], *entries]
-    logprobs = [e[t].logprob for e, t in zip(entries, scored, strict=True)]
-    return Reply(tokens, torch.tensor(logprobs), output.num_cached_tokens)
+    return Reply(tokens, output_logprobs(output), output.num_cached_tokens)
 
 
 def check_live_blocks(llm) -> None:

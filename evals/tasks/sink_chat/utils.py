@@ -7,12 +7,9 @@ tell nothing of the rule), then a question. Scored by string.
 
 import functools
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import sink_data
+from evals.tasks import sink_data
 
 # Shown right after the system prompt: small models need to see a rule at work.
 EXAMPLES = (

@@ -1,13 +1,9 @@
 """A needle in a haystack of prose, with needles of the same forms beside it."""
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import sink_data
-
+from evals.tasks import sink_data
 from vllm_sink.tools.heads.needles import draw_needles
 
 

@@ -1,12 +1,9 @@
 """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300) in real prose."""
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import sink_data
+from evals.tasks import sink_data
 
 
 def documents(

@@ -4,12 +4,9 @@ The harness returns a sum per request, so a stretch from token a to b is the
 request (text up to a, text from a to b): the whole text before it is context.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import sink_data
+from evals.tasks import sink_data
 
 # The metrics that sink_ppl.yaml declares, beside "ppl".
 ENDS = (128, 256, 512, 1024, 2048, 4096, 8000, 12288, 16384, 24576, 32768, 65536)

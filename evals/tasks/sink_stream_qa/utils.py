@@ -6,14 +6,10 @@ recalled twice: what is asked for stands in the stream once.
 """
 
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import sink_data
-
+from evals.tasks import sink_data
 from vllm_sink.tools.heads.needles import Needle, draw_needles
 
 MOST_FACTS = 16  # no fruit, person or city twice

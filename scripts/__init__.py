@@ -1,0 +1,1 @@
+"""Commands of the repository: ``python -m scripts.NAME`` from its root."""
