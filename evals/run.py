@@ -40,9 +40,7 @@ def expand_tasks(names: list[str]) -> list[str]:
     Raises:
         ValueError: A name that neither this folder nor the harness knows.
     """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(worker.TASKS))
+    manager = worker.task_manager(names)
     tasks: list[str] = []
     for name in names:
         entry = manager.task_index.get(name)

@@ -5,7 +5,7 @@
 
 ``scripts/gpu_check.py`` runs it where vLLM can be imported. Prompts in chunks and
 generated tokens, both past the window, must have the log-probabilities that Hugging
-Face's model has under a dense mask of the policy (tests/helpers/dense_reference.py),
+Face's model has under a dense mask of the policy (tests/helpers/reference.py),
 in float32; the same model without the policy must be told apart from it. On a GPU that
 is done twice: with the policy in every head, and with retrieval heads among them.
 """
@@ -93,9 +93,8 @@ def check_engine(
     """
     from vllm import SamplingParams
 
-    from tests.helpers.dense_reference import DenseReference
     from tests.helpers.engine import model_runner, output_logprobs, sink_engine
-    from tests.helpers.heads_reference import HeadsReference
+    from tests.helpers.reference import DenseReference, HeadsReference
 
     section = {
         "num_sink_tokens": sinks,

@@ -51,7 +51,7 @@ def model_path() -> str:
 
 @pytest.fixture(scope="session")
 def reference(model_path):
-    from tests.helpers.dense_reference import DenseReference
+    from tests.helpers.reference import DenseReference
 
     return DenseReference(model_path)
 
@@ -77,7 +77,7 @@ def tiny_path(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_reference(tiny_path):
-    from tests.helpers.dense_reference import DenseReference
+    from tests.helpers.reference import DenseReference
 
     return DenseReference(tiny_path)
 

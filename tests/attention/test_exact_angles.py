@@ -10,6 +10,7 @@ from vllm import SamplingParams
 
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import load, logprobs
 from vllm_sink.rotation import exact as rotation_exact
 from vllm_sink.rotation.exact import read_frequencies, write_rows
 
@@ -158,6 +159,15 @@ def far_from_near(path: str, impl: str, offsets: list[int]) -> dict[int, float]:
             offset: (logprobs_at(llm, tokens, offset) - near).abs().max().item()
             for offset in offsets
         }
+
+
+def test_the_reference_has_exact_angles(path):
+    """A text a million positions out, and no engine: float32 is 0.06 rad off there."""
+    tokens = torch.randint(3, 512, (300,), generator=torch.Generator().manual_seed(5))
+    model, policy = load(path), (tokens.tolist(), SINKS, WINDOW)
+    near = logprobs(model, *policy)
+    far = logprobs(model, *policy, first_position=1_000_000)
+    assert (far - near).abs().max() < 1e-4
 
 
 def test_one_text_at_far_offsets(path):

@@ -12,7 +12,7 @@ from tests.helpers.engine import (
     run_steps,
     sink_engine,
 )
-from tests.helpers.heads_reference import HeadsReference, random_heads
+from tests.helpers.reference import HeadsReference, random_heads
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.policy.layout import RetentionPolicy
 

@@ -15,7 +15,7 @@ from tests.helpers.engine import (
     run_steps,
     sink_engine,
 )
-from tests.helpers.heads_reference import HeadsReference, random_heads
+from tests.helpers.reference import HeadsReference, random_heads
 from vllm_sink.attention import cpu
 from vllm_sink.cache.head_caches import HeadCache, HeadGroups
 from vllm_sink.policy.grouping import Grouping

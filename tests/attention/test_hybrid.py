@@ -4,17 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
 
-from tests.helpers import dense_reference
 from tests.helpers.block_managers import make_manager
 from tests.helpers.engine import managers, prompt_logprobs, sink_engine
 from tests.helpers.random_gemma import save_gemma
+from tests.helpers.reference import load, logits, logprobs
 from vllm_sink.attention import backend
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.start import log_lines
@@ -32,40 +31,12 @@ CHUNKED = {
 }
 
 
-def _hybrid_attention(module, query, key, value, mask, scaling, **kwargs):
-    """Sliding layers keep their window; the others get the dense sink mask."""
-    policy = dense_reference._policy
-    saved = dict(policy)
-    if module.is_sliding:
-        policy.update(sinks=0, window=SLIDING)
-    try:
-        return dense_reference._dense_sink_attention(
-            module, query, key, value, mask, scaling
-        )
-    finally:
-        policy.update(saved)
-
-
-AttentionInterface.register("hybrid_sink_reference", _hybrid_attention)
-
-
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     """(folder, reference model): random weights, saved here."""
     path = tmp_path_factory.mktemp("hybrid")
-    model = save_gemma(path, vocab_size=VOCABULARY, sliding_window=SLIDING)
-    model.set_attn_implementation("hybrid_sink_reference")
-    return str(path), model
-
-
-@torch.inference_mode()
-def reference_logits(model, tokens: list[int], window: int = WINDOW) -> torch.Tensor:
-    """[T, V]"""
-    theta = model.config.rope_parameters["full_attention"]["rope_theta"]
-    dense_reference._policy.update(
-        sinks=SINKS, window=window, positions="cache", theta=theta
-    )
-    return model(torch.tensor([tokens]), use_cache=False).logits[0]
+    save_gemma(path, vocab_size=VOCABULARY, sliding_window=SLIDING)
+    return str(path), load(path)
 
 
 def random_tokens(seed: int, count: int) -> list[int]:
@@ -89,13 +60,8 @@ def test_hybrid_model(hybrid, retention):
         names = sorted(type(manager).__name__ for manager in managers(llm))
         assert names == ["SinkManager", "SlidingWindowManager"]
         got = prompt_logprobs(llm, [tokens])[0]
-        chosen = torch.tensor(tokens[1:])[:, None]
         want, dense = (
-            torch.log_softmax(logits[:-1], -1).gather(1, chosen)[:, 0]
-            for logits in (
-                reference_logits(model, tokens),
-                reference_logits(model, tokens, window=4096),
-            )
+            logprobs(model, tokens, SINKS, window) for window in (WINDOW, 4096)
         )
         assert (got - want).abs().max() < TOLERANCE
         assert (got - dense).abs().max() > 0.1, "the policy must be visible"
@@ -107,8 +73,8 @@ def test_hybrid_model(hybrid, retention):
             )[0]
             hits.append(output.num_cached_tokens)
             generated = list(output.outputs[0].token_ids)
-            logits = reference_logits(model, history + generated)
-            choice = logits[len(history) - 1 : -1].argmax(-1).tolist()
+            scores = logits(model, history + generated, SINKS, WINDOW)
+            choice = scores[len(history) - 1 : -1].argmax(-1).tolist()
             assert generated == choice
             if turn:
                 # The last prompt's end is kept; the intervals past it, too.
@@ -134,9 +100,7 @@ def test_a_window_that_equals_the_models_own(hybrid, monkeypatch):
     assert kinds == ["SinkManager", "SlidingWindowManager"]
     (line,) = said  # no start line, no policy
     assert line.startswith("Sink policy: each token sees the first 4 and the last 40")
-    logits = reference_logits(model, tokens, SLIDING)[:-1]
-    chosen = torch.tensor(tokens[1:])[:, None]
-    want = torch.log_softmax(logits, -1).gather(1, chosen)[:, 0]
+    want = logprobs(model, tokens, SINKS, SLIDING)
     assert (got - want).abs().max() < TOLERANCE
 
 

@@ -7,7 +7,6 @@ knows neither blocks nor caches.
 import pytest
 
 from tests.cache.test_pressure import add
-from tests.helpers.dense_reference import DenseReference
 from tests.helpers.host_cache import (
     BLOCK,
     BLOCK_BYTES,
@@ -24,6 +23,7 @@ from tests.helpers.host_cache import (
     tokens,
 )
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import DenseReference
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ vLLM has one connector a process: two such engines don't live at once.
 
 import pytest
 
-from tests.helpers.dense_reference import DenseReference
-from tests.helpers.heads_reference import HeadsReference
 from tests.helpers.host_cache import (
     BLOCK,
     BLOCK_BYTES,
@@ -24,6 +22,7 @@ from tests.helpers.host_cache import (
 )
 from tests.helpers.random_gemma import save_gemma
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import DenseReference, HeadsReference
 
 HEADS = [[1, 0], [0, 1], [0, 0]]  # retrieval heads
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.helpers.engine import prompt_logprobs, sink_engine
-from tests.helpers.heads_reference import random_heads
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import random_heads
 from tests.helpers.server import post, serve
 
 SINKS, WINDOW = 4, 60

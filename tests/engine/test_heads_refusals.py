@@ -5,7 +5,7 @@ import math
 import pytest
 from vllm import EngineArgs
 
-from tests.helpers.heads_reference import random_heads, whole_layers
+from tests.helpers.reference import random_heads, whole_layers
 
 
 def configure(model_path, heads=None, **settings):

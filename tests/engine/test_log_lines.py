@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers.block_managers import make_manager
-from tests.helpers.heads_reference import random_heads, whole_layers
+from tests.helpers.reference import random_heads, whole_layers
 from tests.helpers.refusals import stub_config
 from vllm_sink.engine import Engine
 from vllm_sink.policy.layout import RetentionPolicy

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from tests.helpers.dense_reference import DenseReference
 from tests.helpers.engine import sink_engine
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import DenseReference
 
 SINKS, WINDOW = 4, 60
 RANK, ALPHA = 4, 8

@@ -6,7 +6,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
-from tests.zoo.reference import NAME, logprobs
+from tests.helpers.reference import load, logprobs
 from vllm_sink.engine import Engine
 from vllm_sink.rotation.measure import measure_model
 from vllm_sink.rotation.table import Unknown
@@ -60,13 +60,9 @@ def path(tmp_path_factory) -> str:
 
 @pytest.mark.usefixtures("importable_multimodal_models")
 def test_several_positions_a_token(path, monkeypatch):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 500, (LENGTH,), generator=generator).tolist()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=NAME
-    ).eval()
+    model = load(path, auto="Qwen2_5_VLForConditionalGeneration")
     want = logprobs(model, tokens, SINKS, WINDOW, "cache")
     far = logprobs(model, tokens, SINKS, WINDOW, "absolute")
     with sink_engine(

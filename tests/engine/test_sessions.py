@@ -8,8 +8,8 @@ import torch
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
-from tests.helpers.dense_reference import DenseReference
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import DenseReference
 from tests.helpers.sessions import Session, async_engine
 from vllm_sink.policy.layout import RetentionPolicy
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,17 +34,30 @@ def results(model_path, tmp_path_factory):
     return out, command(model_path, out)
 
 
-def command(model: str, out: Path) -> subprocess.CompletedProcess:
+def arguments(model: str, out: Path) -> list[str]:
     policies = f"dense,sink,heads:{out / 'heads.tsv'}@0.5"
-    arguments = ["--model", model, "--policies", policies, "--out", str(out)]
+    where = ["--model", model, "--policies", policies, "--out", str(out)]
+    return ["--tasks", "sink_smoke", *where]
+
+
+def command(model: str, out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "evals.run", "--tasks", "sink_smoke", *arguments],
+        [sys.executable, "-m", "evals.run", *arguments(model, out)],
         cwd=ROOT,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
         text=True,
         capture_output=True,
         timeout=1500,
     )
+
+
+@pytest.fixture
+def run_again(results, model_path, monkeypatch):
+    """The same command in this process, which waits for no imports."""
+    out, _ = results
+    monkeypatch.setattr(sys, "argv", ["evals.run", *arguments(model_path, out)])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    return run.main
 
 
 def test_smoke_group_runs_and_is_reported(results):
@@ -76,17 +90,17 @@ def test_smoke_group_runs_and_is_reported(results):
     assert "ppl_to_512" in (out / "results.md").read_text()
 
 
-def test_a_finished_run_starts_no_engine(results, model_path):
+def test_a_finished_run_starts_no_engine(results, run_again):
     out, _ = results
     before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
     (out / "sink.log").unlink()
-    assert command(model_path, out).returncode == 0
+    run_again()
     assert not (out / "sink.log").exists()
     after = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
     assert after == before
 
 
-def test_stock_attention_passed_off_as_the_policy_fails(results, model_path):
+def test_stock_attention_passed_off_as_the_policy_fails(results, run_again, capsys):
     """The stock engine's numbers under the policy's name: exit status 1."""
     out, _ = results
     task = "sink_ppl_smoke"
@@ -96,11 +110,13 @@ def test_stock_attention_passed_off_as_the_policy_fails(results, model_path):
     part["samples"] = json.loads(stock.read_text())["samples"]
     mine.write_text(json.dumps(part))
     try:
-        process = command(model_path, out)
+        with pytest.raises(SystemExit) as ended:
+            run_again()
     finally:
         mine.write_text(honest)
-    assert process.returncode == 1
-    assert "FAILED: sink, sink_ppl_smoke: different from it beyond" in process.stdout
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "FAILED: sink, sink_ppl_smoke: different from it beyond" in said
 
 
 def part(name: str, responses: list[float]) -> dict:

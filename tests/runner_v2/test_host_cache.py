@@ -1,8 +1,8 @@
 """A chat that comes back from host memory, on runner V2."""
 
-from tests.helpers.dense_reference import DenseReference
 from tests.helpers.engine import core, model_runner
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import DenseReference
 from tests.runner_v2.serving import (
     BLOCK,
     SINKS,

@@ -29,7 +29,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.helpers.engine import core, sink_engine
-from tests.helpers.heads_reference import random_heads
+from tests.helpers.reference import random_heads
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.layout import RetentionPolicy

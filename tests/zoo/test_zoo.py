@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
+from tests.helpers.reference import load, logprobs
 from tests.zoo.models import VOCABULARY, ZOO, Entry, save
-from tests.zoo.reference import load, logprobs
 from tests.zoo.sizes import check_size
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
@@ -55,8 +55,14 @@ class Reference:
         def want(window: int, positions: str) -> torch.Tensor:
             if entry.learned_positions:
                 positions = "absolute"
-            extra = entry.extra_window
-            return logprobs(model, tokens, SINKS, window, positions, extra)
+            return logprobs(
+                model,
+                tokens,
+                SINKS,
+                window,
+                positions,
+                extra_window=entry.extra_window,
+            )
 
         self.want = {
             "cache": want(WINDOW, "cache"),
