@@ -2,7 +2,7 @@
 
     python -m tests.million_steps --steps 1000000 --processes 2 --seed 1
 
-The machine of ``tests/cache/test_block_manager_machine.py``, by seeds: a seed is
+The machine of ``tests/helpers/manager_machine.py``, by seeds: a seed is
 ``EXAMPLES`` lives of a pool, each of one group of heads or of several. A step is one
 request's step of up to 24 tokens after which every invariant was checked. The first
 failure ends the run, prints the seed and how to see it again, and exits with 1.
@@ -42,7 +42,7 @@ def run_seed(seed: int) -> tuple[int, Counter, str]:
     from hypothesis import settings
     from hypothesis.stateful import invariant, run_state_machine_as_test
 
-    from tests.cache.test_block_manager_machine import STEPS, BlockManagerMachine
+    from tests.helpers.manager_machine import STEPS, BlockManagerMachine
 
     class Machine(BlockManagerMachine):
         counts: ClassVar[Counter] = Counter()
