@@ -1,4 +1,4 @@
-"""Compare cache policies on the tasks of the harness.
+"""A comparison of cache policies on the harness's tasks.
 
     python -m evals.run --model M --policies dense,window,sink --tasks sink_smoke \\
         --out DIR

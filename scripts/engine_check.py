@@ -1,4 +1,4 @@
-"""Check the whole engine: a small random model, past the window, against a reference.
+"""A check of the whole engine: a small random model past its window and a reference.
 
     python -m scripts.engine_check               # a GPU: default runner, graphs on
     python -m scripts.engine_check --interpret   # no GPU: Triton's interpreter
@@ -160,7 +160,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         save_llama(folder, vocab_size=VOCABULARY)
         if args.interpret:
-            policy = {"sinks": 4, "window": 20, "lengths": [61, 33], "max_tokens": 8}
+            policy = {"sinks": 4, "window": 20, "lengths": [61, 22], "max_tokens": 5}
             settings = {"enforce_eager": True, "triton_interpreter": True}
             head_maps = [None]
         else:

@@ -1,4 +1,4 @@
-"""Past the trained length the tables that rotate hold exact angles."""
+"""Rotary tables hold exact angles past the trained length."""
 
 import multiprocessing
 import os
@@ -32,11 +32,11 @@ def model_table(length: int, dtype, factor=1.0, magnitude=1.0) -> tuple:
 @pytest.mark.parametrize("magnitude", [1.0, 1.25])
 @pytest.mark.parametrize("trained", [256, 8192])
 def test_frequencies_are_read_off_a_tables_rows(trained, magnitude):
-    frequencies, rows = model_table(4_000_000, torch.float32, 3.0, magnitude)
+    frequencies, rows = model_table(1_000_001, torch.float32, 3.0, magnitude)
     found, factor = read_frequencies(rows[:trained].double(), torch.float32)
     assert (found / frequencies.double() - 1).abs().max() < 2**-22
     write_rows(rows, found, factor)
-    at = torch.tensor([0, 1, trained, 1_000_000, 3_999_999])
+    at = torch.tensor([0, 1, trained, 500_000, 1_000_000])
     angles = at.double()[:, None] * found
     exact = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
     assert torch.equal(rows[at], exact.float())

@@ -1,8 +1,9 @@
-"""Heads of two policies over several processes: ranks with different heads, and a
-server that was given a pattern file. Ray's workers are given the same values."""
+"""Heads of two policies over several processes: ranks with different heads.
 
-import json
-import urllib.request
+Ray's workers are given the same values.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ import torch
 
 from tests.helpers.engine import prompt_logprobs, sink_engine
 from tests.helpers.random_llama import save_llama
-from tests.helpers.reference import random_heads
-from tests.helpers.server import post, serve
+from vllm_sink.settings import resolve
 
 SINKS, WINDOW = 4, 60
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
@@ -36,9 +36,9 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def score(llama, prompts, **options) -> list[torch.Tensor]:
+def score(llama, prompts, heads=HEADS, **options) -> list[torch.Tensor]:
     with sink_engine(
-        llama, SINKS, WINDOW, retrieval=dict(heads=HEADS), **OPTIONS, **options
+        llama, SINKS, WINDOW, retrieval=dict(heads=heads), **OPTIONS, **options
     ) as llm:
         specs = llm.collective_rpc("get_kv_cache_spec")
         # Equal numbers of each kind on every rank, padding included.
@@ -59,38 +59,28 @@ def check_same(found, expected) -> None:
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-def test_tensor_parallel_equals_one_process(llama, prompts, one_process, monkeypatch):
+def test_tensor_parallel_equals_one_process(
+    llama, prompts, one_process, monkeypatch, tmp_path
+):
+    """From a pattern file that is gone once it was read: values reach the workers."""
+    pattern = tmp_path / "heads.tsv"
+    np.savetxt(pattern, np.array(HEADS, dtype=float), delimiter="\t")
+    read = resolve.read_scores
+
+    def read_once(source, shape):
+        scores = read(source, shape)
+        Path(source).unlink()
+        return scores
+
+    monkeypatch.setattr(resolve, "read_scores", read_once)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     found = score(
         llama,
         prompts,
+        str(pattern),
         tensor_parallel_size=3,
         distributed_executor_backend="mp",
     )
+    assert not pattern.exists()
     check_same(found, one_process)
-
-
-def test_a_server_with_a_pattern_file(model_path, tmp_path):
-    pattern = tmp_path / "heads.tsv"
-    scores = np.array(random_heads(45), dtype=float) * 0.5
-    np.savetxt(pattern, scores, delimiter="\t")
-    section = {"retrieval_heads": str(pattern), "retrieval_fraction": 0.5}
-    section |= {"num_sink_tokens": 4, "window_size": 252}
-    log = tmp_path / "log"
-    flags = ("--additional-config", json.dumps({"sink": section}))
-    with serve(model_path, log, *flags) as url:
-        pattern.unlink()
-        body = post(
-            url,
-            "/v1/completions",
-            prompt="The capital of France is",
-            max_tokens=8,
-            temperature=0,
-        )
-        assert "Paris" in json.load(body)["choices"][0]["text"]
-        metrics = urllib.request.urlopen(url + "/metrics", timeout=30).read().decode()
-        for kind in ("live", "retrieval"):
-            assert f"\nvllm:sink_{kind}_blocks 0.0" in metrics
-    line = "Retrieval heads: 45 of 90 KV heads keep everything, the others 4 + 252"
-    assert line in log.read_text()

@@ -10,14 +10,33 @@ ROOT = Path(__file__).parents[2]
 
 def test_correctness_part_passes_under_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.gpu_check", "--interpret", "--quick"],
+        [
+            *(sys.executable, "-m", "scripts.gpu_check", "--part", "correctness"),
+            *("--interpret", "--quick"),
+        ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(", 0 failed") == 2, done.stdout  # kernels and engine
+    assert ", 0 failed" in done.stdout
+
+
+def test_the_engines_part_is_the_script_that_tests_of_runner_v2_run(monkeypatch):
+    from scripts import gpu_check
+
+    commands = []
+
+    def run(command, cwd):
+        commands.append((command, cwd))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu_check, "INTERPRET", True)
+    assert gpu_check.engine() == 3
+    script = [sys.executable, "-m", "scripts.engine_check", "--interpret"]
+    assert commands == [(script, ROOT)]
 
 
 def test_times_are_taken_of_every_kernel_and_peers_may_be_missing(monkeypatch):

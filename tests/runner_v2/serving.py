@@ -1,4 +1,4 @@
-"""Engines on either model runner, and what they say."""
+"""Engines on either model runner, and their replies."""
 
 import contextlib
 import os
@@ -17,8 +17,9 @@ def random_tokens(seed: int, count: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
 
 
-# Prefilled in chunks of 40 tokens, one beside another's decode.
-PROMPTS = [random_tokens(i, n) for i, n in enumerate((18, 66, 100))]
+# Prefilled in chunks of 40 tokens, one beside another's decode. The first leaves S + W
+# with the last of its reply of 5 tokens: every step more is one more to interpret.
+PROMPTS = [random_tokens(i, n) for i, n in enumerate((20, 66, 100))]
 FOLLOW_UP = random_tokens(9, 13)
 # A model of which a program of a kernel has little to interpret.
 SMALL = {
@@ -89,7 +90,7 @@ def serving(model: str, runner: str, *, policy: dict | None = None, **settings):
         os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
 
 
-def ask(llm, prompts, max_tokens: int = 8, *, score_prompts: bool = False):
+def ask(llm, prompts, max_tokens: int = 5, *, score_prompts: bool = False):
     """Generate greedily; a :class:`Reply` for each prompt.
 
     Raises:

@@ -1,8 +1,10 @@
 """The engine's part of scripts/gpu_check.py, on the runner that it is for."""
 
+import sys
+
 import pytest
 
-from scripts.engine_check import VOCABULARY, check_engine
+from scripts.engine_check import VOCABULARY, check_engine, main
 from tests.helpers.random_llama import save_llama
 from tests.runner_v2.serving import BLOCK, SINKS, SMALL, WINDOW, lose_sinks
 
@@ -27,11 +29,12 @@ def check(model, **settings):
     )
 
 
-def test_it_passes(model):
-    outcome = check(model)
-    assert outcome.runner == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
-    assert outcome.problems == []
-    assert outcome.num_tokens == 94
+def test_the_command_passes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["engine_check", "--interpret"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "runner='vllm.v1.worker.cpu.model_runner.CPUModelRunner'" in said
+    assert said.endswith("engine: 66 tokens, 0 failed\n")
 
 
 def test_it_passes_with_retrieval_heads(tmp_path):

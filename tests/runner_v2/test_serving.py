@@ -1,4 +1,4 @@
-"""Runner V2 gives what the CPU path on runner V1 gives; ignoring the policy shows."""
+"""Runner V2 answers as the CPU path on runner V1 does, and a broken policy shows."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""``vllm-sink check`` says what a start says: same words, same numbers."""
+"""``vllm-sink check`` reports as a start does: same words, same numbers."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.helpers.random_llama import save_big_code, save_llama
 from vllm_sink.plugin.compat import parse_serve_arguments
 from vllm_sink.start import log_lines
 from vllm_sink.start.checks import check_settings
-from vllm_sink.tools import check
+from vllm_sink.tools import check, cli
 
 TABLE = Path(__file__).parents[2] / "docs" / "refusals.md"
 SINK = ["--attention-backend", "sink"]
@@ -252,7 +252,7 @@ def test_a_good_policy_needs_no_weights(models, tmp_path, monkeypatch):
     assert report["turned_layers"] == 0
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys):
     """Standard output is the report's alone, and the status says if it starts."""
     LlamaConfig(
         hidden_size=64,
@@ -267,9 +267,11 @@ def test_command(tmp_path):
     assert (done.returncode, report["starts"]) == (0, True), done.stderr[-2000:]
     assert report["max_model_len"] == 2048
     assert "full attention, because max_model_len 2,048" in report["start_lines"][0]
-    bad = [*command, *section(window_size=0)]
-    done = subprocess.run(bad, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].startswith(
-        "would not start: sink.window_size must be an integer >= 1, got 0; give"
+    assert cli.main(["check", str(tmp_path), *section(window_size=0)]) == 1
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith(
+            "would not start: sink.window_size must be an integer >= 1, got 0; give"
+        )
     )
