@@ -1,4 +1,4 @@
-"""Below the policy's reach: 1, 4, 16 and 64 requests that keep everything.
+"""Batches of 1 to 64 requests below S + W, which keep everything.
 
 Nobody should pay for a policy that changes nothing: sink and stock prefill the
 same prompts and decode them step by step in turn; the ratio of each pair of steps is

@@ -1,4 +1,4 @@
-"""What every benchmark shares: engines in this process, timing, the CSV.
+"""Parts that every benchmark uses: engines in this process, timing, the CSV.
 
 Timed engines run in the benchmark's own process, sink and stock side by side,
 and take turns step by step: whatever else the machine does meets both.

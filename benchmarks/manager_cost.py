@@ -1,4 +1,4 @@
-"""What the scheduler pays for the policy: one decoded token, short against endless.
+"""The scheduler's time for a decoded token, short requests against endless ones.
 
     python -m benchmarks.manager_cost [--tokens 1000 1000000] [--repeats 20]
 

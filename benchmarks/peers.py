@@ -1,4 +1,4 @@
-"""What people use instead on a CPU: the same stream in other programs.
+"""The same stream on a CPU in the programs that people use instead.
 
 Time per output token of an endless stream at the same budget of S + W tokens:
 vLLM with sink, in each dtype and with the weights of each ``--quantized`` checkpoint

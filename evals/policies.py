@@ -1,4 +1,4 @@
-"""Policies by name, as arguments of vLLM's engine.
+"""Cache policies by name, and engines under them.
 
 ::
 

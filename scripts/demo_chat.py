@@ -1,4 +1,4 @@
-"""Wait for a server that is starting, then ask it one question.
+"""One question to a server that is starting, once it answers.
 
 python scripts/demo_chat.py URL PID LOG [QUESTION]
 """

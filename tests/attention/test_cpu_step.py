@@ -1,4 +1,4 @@
-"""A step's plan on the CPU: which queries turn where, and whose cache it is."""
+"""A step's plan on the CPU: the turn of each query, the cache of each head."""
 
 import torch
 from vllm_sink_kernels.cpu.rows import Kind

@@ -1,4 +1,4 @@
-"""Rows that see everything, given to vLLM's own CPU kernel: which, and exactly."""
+"""Rows that see everything go to vLLM's own CPU kernel, with the same results."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""What a very long stream costs beside the KV cache: figures, block size, warning."""
+"""Memory of a very long stream beside the KV cache: figures, block size, warning."""
 
 import re
 from types import SimpleNamespace

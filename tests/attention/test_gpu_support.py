@@ -1,4 +1,4 @@
-"""What vLLM's selector on a GPU is told, asked here of a platform that is not there."""
+"""Answers to vLLM's selector on a GPU, for a platform that is not here."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Heads of two policies with everything around them: hits, pressure, drafts, aborts."""
+"""Heads of two policies under prefix hits, pressure, drafts and aborts."""
 
 from types import SimpleNamespace
 

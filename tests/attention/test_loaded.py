@@ -1,4 +1,4 @@
-"""What a loaded model's layers are refused for: stand-ins for the layers."""
+"""Refusals of a loaded model's layers, on stand-ins for the layers."""
 
 import pytest
 import torch

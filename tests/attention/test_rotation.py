@@ -1,4 +1,4 @@
-"""The measured rotation: what it accepts, what it refuses, and why."""
+"""The measured rotation: layers that it accepts, layers that it refuses, and why."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Single properties of the block manager; its whole life is in the state machine."""
+"""Single properties of the block manager; all of them meet in the machine."""
 
 import os
 from dataclasses import replace

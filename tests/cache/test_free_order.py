@@ -1,4 +1,4 @@
-"""Which free blocks are reused first, each kind by itself; all of it in the machine."""
+"""The order in which free blocks are reused, each kind by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is copied to host memory and back, on vLLM's real block manager.
+"""Copies to host memory and back, on vLLM's real block manager.
 
 No model: a block's content is the tokens that it was computed from. Whatever a query
 sees must hold its own tokens, wherever it was computed, copied to and read from.

@@ -1,4 +1,4 @@
-"""The policy's counters where their folder has no room or is none: the engine lives."""
+"""The policy's counters without room for their folder: the engine lives on."""
 
 import shutil
 import subprocess

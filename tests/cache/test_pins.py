@@ -1,4 +1,4 @@
-"""A system prompt as long as the sinks: in sight for good, in memory once."""
+"""A system prompt as long as the sinks stays in sight, and in memory once."""
 
 import random
 

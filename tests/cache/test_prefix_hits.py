@@ -1,4 +1,4 @@
-"""What is resent hits what stock would hit, with vLLM's defaults and room in the pool.
+"""Prompts sent again hit as many tokens as under stock, with vLLM's defaults and room.
 
 vLLM's real ``KVCacheManager`` beside the same under full attention, prompt by prompt.
 """

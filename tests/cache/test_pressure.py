@@ -1,4 +1,4 @@
-"""A random model while the pool runs dry: exact results, nothing leaks."""
+"""A random model in a pool that runs dry: exact results, no leak."""
 
 import random
 

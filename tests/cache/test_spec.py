@@ -1,4 +1,4 @@
-"""What a layer's spec tells vLLM of its policy."""
+"""A layer's spec, as vLLM reads it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What tests of the engine share."""
+"""Fixtures that the engine's tests share."""
 
 import os
 import sys

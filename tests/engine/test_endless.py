@@ -1,4 +1,4 @@
-"""``scripts/endless.py`` without an engine: what it reads, feeds and how it ends."""
+"""``scripts/endless.py`` without an engine: its input, its requests, its end."""
 
 import asyncio
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the engine core makes of groups that are not what the policy is for."""
+"""Groups that the policy does not govern, in the engine core."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What retrieval heads can't be combined with ends the start, by name."""
+"""Settings that end the start beside retrieval heads, by name."""
 
 import math
 

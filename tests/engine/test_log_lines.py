@@ -1,4 +1,4 @@
-"""What the start says of retrieval heads, and when it warns."""
+"""The start's lines and warnings about retrieval heads."""
 
 from types import SimpleNamespace
 

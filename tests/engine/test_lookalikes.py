@@ -1,4 +1,4 @@
-"""Which keys of ``additional_config`` are taken for the ``sink`` section."""
+"""Keys of ``additional_config`` that are mistaken for the ``sink`` section."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rotations of several positions a token (images) are plain where text alone comes."""
+"""Rotations with several positions a token (images) are plain ones for text."""
 
 import pytest
 import torch

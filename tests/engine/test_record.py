@@ -1,4 +1,4 @@
-"""The record of an engine: each has its own, and it goes when the engine goes."""
+"""The record of an engine: one an engine, gone with it."""
 
 import gc
 import logging

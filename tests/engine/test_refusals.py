@@ -1,4 +1,4 @@
-"""What can't be honoured is refused at start: setting, value, remedy."""
+"""Settings that are refused at start: name, value, remedy."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a message tells the user to type starts the same command."""
+"""Remedies start: the same command with the flags that a message prints."""
 
 import json
 import re

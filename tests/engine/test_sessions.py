@@ -1,4 +1,4 @@
-"""Sessions that go on and on: exact past the window, in memory that stays flat."""
+"""Endless sessions: exact past the window, in memory that stays flat."""
 
 import asyncio
 import random

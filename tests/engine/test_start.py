@@ -1,4 +1,4 @@
-"""A policy that nothing would obey ends the start, on every platform.
+"""Policies that no layer would obey end the start, on every platform.
 
 On the CPU our platform class refuses in the process that reads the command. On
 CUDA and ROCm it isn't there: ``as_on_cuda`` takes its part away.

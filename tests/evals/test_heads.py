@@ -1,4 +1,4 @@
-"""``evals.reproduce heads``: how heads are chosen, and rows that survive a stop."""
+"""``evals.reproduce heads``: its choice of heads, and rows that survive a stop."""
 
 import csv
 from pathlib import Path

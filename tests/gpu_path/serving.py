@@ -1,4 +1,4 @@
-"""Engines on the GPU path and on the CPU path, and what they answer."""
+"""Engines on the GPU path and on the CPU path, and their answers."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""vLLM serves a small model through the GPU path and gives what the CPU path gives.
+"""Engines on the GPU path answer as engines on the CPU path do.
 
 On model runner V1. That an ignored mask or turn would show is tested on V2
 (tests/runner_v2/test_serving.py), other block sizes in tests/kernels.

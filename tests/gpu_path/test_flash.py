@@ -1,4 +1,4 @@
-"""Prompts on Hopper, with FlashAttention's stand-in: who serves them, and exactly."""
+"""Prompts on Hopper, on FlashAttention's stand-in: the kernel that serves them."""
 
 from types import SimpleNamespace
 

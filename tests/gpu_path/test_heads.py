@@ -1,4 +1,4 @@
-"""KV heads of two kinds through the GPU path, and what the CPU path gives for them."""
+"""KV heads of two kinds on the GPU path, against the CPU path."""
 
 import pytest
 import torch

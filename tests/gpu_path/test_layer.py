@@ -1,4 +1,4 @@
-"""A layer in a step: cache and outputs exact, padding and gap without a trace.
+"""A layer in a step: exact cache and outputs, no trace of padding or gap.
 
 Unwritten slots, the null block and the gap hold NaN, gap blocks have ids far out
 of range; so have all blocks of padding requests, and padding tokens are NaN.

@@ -1,4 +1,4 @@
-"""A Llama built by hand: which of its heads echo and which induce is known.
+"""A Llama built by hand, with heads that are known to echo or to induce.
 
 Residual stream: 64 dimensions of the token's random code, 64 that head (0, 0) fills
 with the code of the token before, one constant. A head that compares code with code

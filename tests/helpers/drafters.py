@@ -1,4 +1,4 @@
-"""Drafters to try, and a look at what became of their drafts."""
+"""Drafters for the tests, and counts of their accepted drafts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pages as the CPU's loops keep them, made by another hand than the loops'."""
+"""Pages as the CPU's loops keep them, written without the loops' own code."""
 
 import torch
 from vllm_sink_kernels.cpu import layouts

@@ -1,4 +1,4 @@
-"""Each setting that is refused from the configuration alone, as a case to try."""
+"""Cases of all settings that are refused from the configuration alone."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the KV cache must hold, token by token: DESIGN 2.1, 2.4 and 2.5 spelt out.
+"""An oracle of the KV cache, token by token: DESIGN 2.1, 2.4 and 2.5 spelt out.
 
 Written from the design's sentences alone and deliberately naive (every formula
 is a loop over tokens); it shares no code with ``vllm_sink``. It plays the

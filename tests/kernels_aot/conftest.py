@@ -1,4 +1,4 @@
-"""Compilation needs the kernels as Triton compiles them: no interpreter here.
+"""Set-up of the compiled kernels' tests: Triton's compiler, no interpreter.
 
 Run in a pytest process of its own, without TRITON_INTERPRET. A second run takes the
 Triton that the next vLLM's torch pins. Once (a download of 248 MB)::

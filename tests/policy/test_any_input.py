@@ -1,4 +1,4 @@
-"""Whatever is given, a ValueError of one line comes out, or a valid policy."""
+"""Any input gives a valid policy, or a ValueError of one line."""
 
 import json
 from types import SimpleNamespace

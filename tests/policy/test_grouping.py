@@ -1,4 +1,4 @@
-"""Heads of two policies in groups of one size: what vLLM makes of it; the memory."""
+"""Heads of two policies in groups of one size, as vLLM plans them, and their memory."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Pattern files that people have: read as they are meant, or refused by name."""
+"""Pattern files of all kinds: read as their makers mean them, or refused by name."""
 
 import gzip
 import json

@@ -1,1 +1,1 @@
-"""Hours under load that nobody watches: ``python -m tests.soak --help``."""
+"""A soak: hours of load on a real server. ``python -m tests.soak --help``."""

@@ -1,4 +1,4 @@
-"""Faults along a soak: one server's life after another, each with what happens to it.
+"""Scenarios of faults along a soak: one server after another, a fault each.
 
 A life is a function in :mod:`tests.soak.fault_servers` or :mod:`tests.soak.fault_ray`
 that starts servers of its own beside the soak's, asks them the soak's deck and says

@@ -1,4 +1,4 @@
-"""What the soak calls wrong: it must be able to fail."""
+"""Failures that the soak must notice."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""The sink finder on the real model, against other ways to compute the same."""
+"""The sink finder on the real model, against other computations of its figures."""
 
 import json
 import math

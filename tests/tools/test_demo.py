@@ -1,4 +1,4 @@
-"""What the demo prints: 80 columns, and what of an engine's log it passes on."""
+"""The demo's output: 80 columns, and the lines of the log that it passes on."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""``vllm-sink heads``: the files it writes, what it says, what it refuses."""
+"""``vllm-sink heads``: its files, its words, its refusals."""
 
 import json
 import shlex

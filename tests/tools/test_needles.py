@@ -1,4 +1,4 @@
-"""Needles: where they lie, how they are asked, and how many heads they need."""
+"""Needles: their places, their questions, and the heads that find them."""
 
 import pytest
 import torch

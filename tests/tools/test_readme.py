@@ -1,4 +1,4 @@
-"""The README keeps to its length, and its matrix says what checks and tests say."""
+"""The README's length, and its matrix against checks and tests."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""scripts/setup_env.sh installs what its caller runs, once, or names what is missing.
+"""scripts/setup_env.sh installs its caller's needs once, or names what is missing.
 
 A stand-in for Python writes down what it is asked for instead of doing it.
 """

@@ -1,4 +1,4 @@
-"""What the zoo shares with the engine's tests."""
+"""Fixtures that the zoo shares with the engine's tests."""
 
 from tests.engine.conftest import importable_multimodal_models
 
