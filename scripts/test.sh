@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests, in parts that two workers take from one queue.
+# The tests, in parts that two workers take from one queue; a third takes what mostly
+# waits for other processes to start.
 #   bash scripts/test.sh            the whole gate: at most 30 minutes on two cores
 #   bash scripts/test.sh --quick    what most mistakes break, in at most 4 minutes
 #   bash scripts/test.sh --changed [REVISION]   tests that import what differs from
@@ -29,7 +30,7 @@ LOGS=$ROOT/.cache/test-logs
 rm -rf "$LOGS"
 mkdir -p "$LOGS"
 
-NAMES=() COMMANDS=() CHANGED=()
+NAMES=() COMMANDS=() QUEUES=() CHANGED=()
 if [[ $mode == --changed ]]; then
     mapfile -t CHANGED < <("$PYTHON" -m tests.changed ${revision:+"$revision"})
     echo "${#CHANGED[@]} test files reach what changed"
@@ -38,6 +39,7 @@ fi
 add() { # NAME COMMAND...
     NAMES+=("$1")
     COMMANDS+=("$(printf '%q ' "${@:2}")")
+    QUEUES+=("${QUEUE:-}")
 }
 
 # Adds a pytest process; of its paths only what reaches a change, if that is asked.
@@ -85,7 +87,9 @@ quick() {
 
 # The longest first, so that the workers end together.
 whole() {
-    tests "engine" tests/engine
+    local processes=(tests/engine/test_{ray,ray_serve,server,heads_parallel}.py)
+    QUEUE=waits tests "engine, processes" "${processes[@]}"
+    tests "engine" "${processes[@]/#/--ignore=}" tests/engine
     tests "attention" tests/attention
     tests "cache, evals, soak's parts" tests/cache tests/evals tests/soak
     tests "tools" --ignore=tests/tools/test_heads_zoo.py tests/tools
@@ -129,9 +133,10 @@ part() { # INDEX
     [[ $status == ok ]] || sed "s/^/    /" "$log"
 }
 
-worker() { # Parts that no other worker has taken, in order.
+worker() { # [QUEUE]: its parts that no other worker has taken, in order.
     local index
     for index in "${!NAMES[@]}"; do
+        [[ ${QUEUES[$index]} == "${1:-}" ]] || continue
         mkdir "$LOGS/$index.taken" 2>/dev/null || continue
         part "$index"
     done
@@ -146,8 +151,9 @@ case $mode in
 *) whole ;;
 esac
 worker & first=$!
+worker waits & waiting=$!
 worker
-wait "$first"
+wait "$first" "$waiting"
 
 printf '\n== the slowest tests\n'
 grep -hE '^ *[0-9.]+s (call|setup|teardown) ' "$LOGS"/*.log | sort -rn |
