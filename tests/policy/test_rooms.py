@@ -1,6 +1,7 @@
 """The rooms: a module imports only its own room and those below it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_kernels_stand_alone():
     for file in files:
         packages = {name.split(".")[0] for name in imports(file)}
         assert not packages & {"vllm", "vllm_sink"}, file
+
+
+def test_no_file_edits_the_path_of_imports():
+    """pytest's ``pythonpath``, ``python -m`` or the installed package find modules."""
+    edit = re.compile(r"sys\.path(\.[a-z]+\(|\[[\d:]+\] *=| *\+?= )")
+    folders = ["benchmarks", "evals", "kernels", "scripts", "tests", "vllm_sink"]
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    sources = [file for file in files if file.suffix in {".py", ".sh"}]
+    assert len(sources) > 100
+    for file in sources:
+        assert not edit.search(file.read_text()), file
 
 
 @pytest.mark.parametrize("room", FLOORS)
