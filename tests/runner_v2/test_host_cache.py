@@ -19,7 +19,7 @@ BLOCK_BYTES = 2 * 2 * 32 * 4 * BLOCK  # two layers of one head
 
 def test_a_chat_comes_back(tmp_path):
     model = save_llama(tmp_path, **SMALL)
-    prompt = random_tokens(1, 90)
+    prompt = random_tokens(1, 93)
     transfer = dict(
         kv_connector="SinkHostCache",
         kv_role="kv_both",
