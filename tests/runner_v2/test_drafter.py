@@ -81,7 +81,7 @@ def test_eagle(tmp_path, monkeypatch):
     model = save_guessable(tmp_path / "target", **SMALL)
     with serving(model, "v1") as llm:
         steps_alone = count_steps(llm, monkeypatch)
-        want = ask(llm, PROMPTS, 16)
+        want = ask(llm, PROMPTS, 12)
     speculation = {
         "method": "eagle",
         "model": save_eagle(tmp_path / "drafter", **SMALL),
@@ -91,5 +91,5 @@ def test_eagle(tmp_path, monkeypatch):
         groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
         assert [len(group.layer_names) for group in groups] == [3]
         steps = count_steps(llm, monkeypatch)
-        assert_same(ask(llm, PROMPTS, 16), want)
+        assert_same(ask(llm, PROMPTS, 12), want)
     assert len(steps) < len(steps_alone)
