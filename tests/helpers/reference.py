@@ -126,18 +126,17 @@ def logits(
     sinks,
     window,
     positions="cache",
-    *,
+    extra_window=0,
     heads=None,
     retrieval_window=None,
-    extra_window=0,
     first_position=0,
 ) -> torch.Tensor:
     """[T, V] float32, of a model that :func:`load` returned.
 
     Args:
+        extra_window: Tokens added to windows of the model's own.
         heads: [layers][KV heads], 1 for a retrieval head.
         retrieval_window: W of the retrieval heads; None: they keep everything.
-        extra_window: Tokens added to windows of the model's own.
         first_position: Of the text, for a text that lies far out.
     """
     at = torch.arange(len(tokens))
