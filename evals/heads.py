@@ -103,23 +103,31 @@ ENGINE_POLICIES = (
 )
 
 
-def measure_engine(args: argparse.Namespace, path: Path) -> None:
-    """Needles found by greedy generation in vLLM, by policy and sink positions."""
+def hits_in_engine(model: str, policy: Policy, haystacks: list, length: int) -> int:
+    """Needles found by greedy generation in vLLM; haystacks have ``length`` tokens."""
     from vllm import SamplingParams
 
+    prompts, params, answers = [], [], []
+    for haystack in haystacks:
+        for question in haystack.questions:
+            count = question.num_answer
+            tokens = haystack.tokens + question.tokens[:-count]
+            prompts.append({"prompt_token_ids": tokens})
+            params.append(SamplingParams(temperature=0, max_tokens=count))
+            answers.append(question.tokens[-count:])
+    with policy.open_engine(model, length + 16) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    told = [list(output.outputs[0].token_ids) for output in outputs]
+    return sum(a == b for a, b in zip(told, answers, strict=True))
+
+
+def measure_engine(args: argparse.Namespace, path: Path) -> None:
+    """Needles found by greedy generation in vLLM, by policy and sink positions."""
     model, tokenizer, found = found_heads(args)
     del model
     read = [texts.read(file) for file in args.texts]
     length = (args.lengths or LENGTHS)[0]
     haystacks = make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
-    prompts, params, answers = [], [], []
-    for haystack in haystacks:
-        for question in haystack.questions:
-            asked = question.tokens[: -question.num_answer]
-            prompts.append({"prompt_token_ids": haystack.tokens + asked})
-            count = question.num_answer
-            params.append(SamplingParams(temperature=0, max_tokens=count))
-            answers.append(question.tokens[-count:])
     rows = Rows(path)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "heads.tsv"
@@ -130,15 +138,11 @@ def measure_engine(args: argparse.Namespace, path: Path) -> None:
                 **described(args, "; ".join(text.name for text in read)),
                 "policy": name.replace("heads:FILE", "heads"),
                 "length": length,
-                "num_needles": len(answers),
+                "num_needles": len(haystacks) * needles.NUM_NEEDLES,
             }
 
             def measure(policy=policy) -> dict[str, Any]:
-                with policy.open_engine(args.model, length + 16) as llm:
-                    outputs = llm.generate(prompts, params, use_tqdm=False)
-                told = [list(output.outputs[0].token_ids) for output in outputs]
-                same = (a == b for a, b in zip(told, answers, strict=True))
-                return {"hits": sum(same)}
+                return {"hits": hits_in_engine(args.model, policy, haystacks, length)}
 
             rows.add(known, measure)
 

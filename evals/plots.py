@@ -124,6 +124,35 @@ def needles_by_memory(csv_path: Path, png_path: Path) -> None:
     plt.close(figure)
 
 
+def needles_by_method(csv_path: Path, png_path: Path) -> None:
+    """A line a method: needles found, against KV memory; this project's in bold."""
+    rows = read(csv_path)
+    total = int(rows[0]["num_needles"])
+    lines = defaultdict(list)
+    full = {"hits": 0}
+    for row in rows:
+        own = row["program"] == "vLLM"
+        if row["method"] == "full attention":
+            full = row
+            if not own:
+                continue
+        name = "vLLM-Sink" if own else row["method"]
+        lines[name].append((float(row["kv_share"]), int(row["hits"])))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in sorted(lines, key=lambda name: -max(y for _, y in lines[name])):
+        style = {"lw": 1.2, "ms": 4}
+        if name == "vLLM-Sink":
+            style = {"lw": 3, "ms": 7, "color": "C3", "zorder": 3}
+        points = sorted(lines[name])
+        axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+    axes.axhline(int(full["hits"]), color="grey", ls=":", lw=1, label="full attention")
+    axes.set(xlim=(0, 1.03), ylim=(-2, total), xlabel="KV memory / full attention's")
+    axes.set_ylabel(f"needles found of {total}")
+    axes.grid(**GRID)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, png_path)
+
+
 def perplexity_by_fraction(csv_path: Path, png_path: Path) -> None:
     """A line a way to choose the heads: perplexity over the texts."""
     curves = defaultdict(lambda: defaultdict(list))
