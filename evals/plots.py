@@ -142,7 +142,7 @@ def needles_by_method(csv_path: Path, png_path: Path) -> None:
     for name in sorted(lines, key=lambda name: -max(y for _, y in lines[name])):
         style = {"lw": 1.2, "ms": 4}
         if name == "vLLM-Sink":
-            style = {"lw": 3, "ms": 7, "color": "C3", "zorder": 3}
+            style = {"lw": 3, "ms": 7, "color": "black", "zorder": 3}
         points = sorted(lines[name])
         axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
     axes.axhline(int(full["hits"]), color="grey", ls=":", lw=1, label="full attention")
