@@ -37,7 +37,6 @@ PRESSES = (
     "KeyDiff",
     "TOVA",
     "StreamingLLM",
-    "ExpectedAttention",
     "AdaKV+ExpectedAttention",
     "SnapKV",
 )

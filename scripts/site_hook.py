@@ -30,7 +30,7 @@ MENU = {
     "Long streams": "sessions pins chats",
     "Retrieval heads": "heads find_heads see_sinks",
     "Scale": "scaling ray speculation models",
-    "How": "how results cpu performance testing soak evals",
+    "How": "how results peers cpu performance testing soak evals",
     "Project": "security contributing changes",
 }
 LINK = re.compile(r'(!?)\[([^\[\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?(?: "[^"]*")?\)')
