@@ -1,6 +1,7 @@
 """The measured rotation: layers that it accepts, layers that it refuses, and why."""
 
 import re
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vllm.model_executor.models.llama import LlamaAttention
 from tests.helpers.engine import model_runner, sink_engine
 from tests.helpers.random_llama import save_llama
 from vllm_sink.engine import Engine
+from vllm_sink.rotation import measure
 from vllm_sink.rotation.measure import measure_model
 from vllm_sink.rotation.table import (
     RotaryTable,
@@ -235,6 +237,22 @@ def test_an_unknown_rotation_names_the_layer_and_absolute(loaded):
     engine.rotations[layer] = Unknown("its keys are off")
     with pytest.raises(ValueError, match=r"keys are off; .* 'absolute', which works"):
         find_rotation(engine, "layers.0.attn", layer)
+
+
+def test_layers_are_looked_over_once_until_there_are_more(monkeypatch):
+    looks, layers = [], {"a": 1, "b": 2}
+    config = SimpleNamespace(static_forward_context=layers)
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(compilation_config=config), _known={}
+    )
+    engine.once = MethodType(Engine.once, engine)
+    monkeypatch.setattr(measure, "_measure", looks.append)
+    for _ in layers:  # vLLM asks for the spec of each
+        measure.measure_loaded_model(engine)
+    assert looks == [engine]
+    layers["drafter"] = 3
+    measure.measure_loaded_model(engine)
+    assert looks == [engine, engine]
 
 
 def test_turn_divides_the_magnitude_out():

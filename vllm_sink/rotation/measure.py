@@ -41,8 +41,16 @@ Candidates = list[RotaryTable | None]
 def measure_loaded_model(engine: Engine) -> None:
     """Measure the rotation of each layer of an engine's loaded model, once.
 
-    Rotations are needed where queries are turned, and where positions exceed the
-    trained length: the model's tables are then made exact.
+    vLLM asks layer by layer: all are looked over again only if there are more.
+    """
+    registered = engine.vllm_config.compilation_config.static_forward_context
+    engine.once(f"measured {len(registered)} layers", lambda: _measure(engine))
+
+
+def _measure(engine: Engine) -> None:
+    """Measure where queries are turned, and where positions exceed the trained length.
+
+    The model's tables are made exact there.
     """
     layers = {
         name: layer
