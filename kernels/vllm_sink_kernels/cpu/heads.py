@@ -91,11 +91,3 @@ class HeadCaches:
     @functools.cached_property
     def _kinds(self) -> np.ndarray:
         return np.array(self.kinds, np.int64)
-
-    @functools.cached_property
-    def heads_of_kind(self) -> dict[int, list[int]]:
-        """The KV heads of every kind that the layer has."""
-        return {
-            kind: [head for head, own in enumerate(self.kinds) if own == kind]
-            for kind in sorted(set(self.kinds))
-        }
