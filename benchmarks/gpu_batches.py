@@ -5,8 +5,10 @@ What no query retains is NaN, and its block ids lie far outside the cache.
 
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.head_table import HeadTable
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,6 +39,10 @@ class Paged:
     @property
     def args(self) -> tuple[torch.Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.block_table
+
+    def layer_args(self, out: torch.Tensor, **kw: Any) -> AttentionArgs:
+        """The layer and the step's tokens; ``kw`` adds what ``self.kw`` lacks."""
+        return AttentionArgs(*self.args, out, **(self.kw | kw))
 
     def safe_table(self) -> torch.Tensor:
         """The block table for kernels that may look at what they mask."""

@@ -13,6 +13,7 @@ import torch
 import triton
 from vllm_sink_kernels.triton import launch_config
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
+from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.prefill import sink_prefill
 
 from benchmarks.gpu_batches import (
@@ -42,12 +43,14 @@ def run_decode(
     x: Paged, out: torch.Tensor, workspace: torch.Tensor | None = None, **kw: Any
 ) -> torch.Tensor:
     return sink_decode(
-        *x.args, x.positions, x.requests, out, workspace=workspace, **(x.kw | kw)
+        x.layer_args(out, **kw), x.positions, x.requests, workspace=workspace
     )
 
 
-def run_prefill(x: Paged, out: torch.Tensor, **kw: Any) -> torch.Tensor:
-    return sink_prefill(*x.args, x.starts, x.lens, x.max_query_len, out, **(x.kw | kw))
+def run_prefill(
+    x: Paged, out: torch.Tensor, config: LaunchConfig | None = None, **kw: Any
+) -> torch.Tensor:
+    return sink_prefill(x.layer_args(out, **kw), x.starts, x.lens, config=config)
 
 
 def bench(fn: Callable[[], object], repeats: int) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from vllm_sink_kernels.triton import launch_config
-from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.decode import DecodeLauncher, workspace_shape
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 
@@ -33,19 +32,7 @@ TARGET = 1.05  # of the straight line
 def decode_call(
     x: Paged, out: torch.Tensor, tile: LaunchConfig, heads_slowest: bool, **kw: Any
 ) -> Callable[[], object]:
-    step = AttentionArgs(
-        q=x.q,
-        k_cache=x.k_cache,
-        v_cache=x.v_cache,
-        block_table=x.block_table,
-        out=out,
-        is_neox=True,
-        soft_cap=0.0,
-        sink_logits=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        **(x.kw | kw),
-    )
+    step = x.layer_args(out, **kw)
     launch = DecodeLauncher(step, tile, heads_slowest)
     cores = launch_config.num_cores(x.q.device)
     shape = workspace_shape(x.q.shape[1], x.q.shape[2], 1, cores)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from vllm_sink_kernels import reference
-from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.window import WindowPrefill
 
@@ -49,19 +48,7 @@ def find_attention() -> Callable[..., Any]:
 
 def flash_call(x: Paged, out: torch.Tensor, **kw: Any) -> Callable[[], object]:
     """The step as ``WindowPrefill`` serves it in a layer; its view is made once."""
-    step = AttentionArgs(
-        q=x.q,
-        k_cache=x.k_cache,
-        v_cache=x.v_cache,
-        block_table=x.block_table,
-        out=out,
-        is_neox=True,
-        soft_cap=0.0,
-        sink_logits=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        **(x.kw | kw),
-    )
+    step = x.layer_args(out, **kw)
     launch = WindowPrefill(step, find_attention())
     longest = int(x.lens.max())
     view = launch.view(x.block_table, x.starts, x.lens, x.max_query_len, longest, 0, 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm_sink_kernels import reference
+from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.triton.launch_config import LaunchConfig, num_cores
 from vllm_sink_kernels.triton.prefill import sink_prefill
@@ -50,18 +51,27 @@ class Batch:
             **(self.kw | kw),
         )
 
-    def prefill(self, config: LaunchConfig | None = None, **kw: Any) -> torch.Tensor:
+    def layer_args(self, out: torch.Tensor | None = None, **kw: Any) -> AttentionArgs:
+        """The layer and the batch's tokens; ``out`` is poisoned if it is not given."""
+        if out is None:
+            out = torch.full_like(self.q, NAN)
+        step = self.q, self.k_cache, self.v_cache, self.block_table, out
+        return AttentionArgs(*step, **(self.kw | kw))
+
+    def prefill(
+        self,
+        config: LaunchConfig | None = None,
+        first_request: int = 0,
+        first_token: int = 0,
+        **kw: Any,
+    ) -> torch.Tensor:
         return sink_prefill(
-            self.q,
-            self.k_cache,
-            self.v_cache,
-            self.block_table,
+            self.layer_args(**kw),
             self.query_start_loc,
             torch.tensor(self.seq_lens).int(),
-            max(self.query_lens),
-            torch.full_like(self.q, NAN),
+            first_request=first_request,
+            first_token=first_token,
             config=config,
-            **(self.kw | kw),
         )
 
     def positions(self) -> torch.Tensor:
@@ -73,22 +83,16 @@ class Batch:
         return torch.arange(len(counts)).repeat_interleave(counts).int()
 
     def decode(self, config: LaunchConfig | None = None, **kw: Any) -> torch.Tensor:
-        kw = self.kw | kw
         num_heads, head_size = self.q.shape[-2:]
         shape = workspace_shape(
             num_heads, head_size, self.k_cache.shape[2], num_cores(self.q.device)
         )
         return sink_decode(
-            self.q,
-            self.k_cache,
-            self.v_cache,
-            self.block_table,
+            self.layer_args(**kw),
             self.positions(),
             self.requests(),
-            torch.full_like(self.q, NAN),
             workspace=torch.full(shape, NAN),
             config=config,
-            **kw,
         )
 
 

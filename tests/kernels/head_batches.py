@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.decode import sink_decode, workspace_shape
 from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import LaunchConfig, num_cores
@@ -54,18 +55,21 @@ class HeadsBatch:
             outputs.append(part.reference(sink_logits=own, **kw))
         return torch.cat(outputs, dim=1)
 
-    def call(self, launcher: Any, heads: HeadTable, *args: Any, **kw: Any) -> Any:
-        return launcher(
-            self.q,
+    def layer_args(
+        self, heads: HeadTable, q: torch.Tensor | None = None
+    ) -> AttentionArgs:
+        """The layer and the batch's tokens, or those of ``q``."""
+        q = self.q if q is None else q
+        return AttentionArgs(
+            q,
             heads.k_cache,
             heads.v_cache,
             heads.block_table,
-            *args,
-            torch.full_like(self.q, NAN),
+            torch.full_like(q, NAN),
             heads=heads,
             num_sink_tokens=0,  # neither is used
             window_size=1,
-            **(self.kw | kw),
+            **self.kw,
         )
 
     def decode(
@@ -76,7 +80,7 @@ class HeadsBatch:
         shape = workspace_shape(*self.q.shape[1:], busy_heads, num_cores(self.q.device))
         at = self.positions(), self.requests()
         space = torch.full(shape, NAN)
-        return self.call(sink_decode, heads, *at, workspace=space, config=config)
+        return sink_decode(self.layer_args(heads), *at, workspace=space, config=config)
 
     def prefill(
         self,
@@ -84,10 +88,9 @@ class HeadsBatch:
         heads: HeadTable | None = None,
         **kw: Any,
     ) -> torch.Tensor:
-        lens = torch.tensor(self.seq_lens).int()
-        at = self.query_start_loc, lens, max(self.query_lens)
-        heads = heads or self.table()
-        return self.call(sink_prefill, heads, *at, config=config, **kw)
+        at = self.query_start_loc, torch.tensor(self.seq_lens).int()
+        args = self.layer_args(heads or self.table())
+        return sink_prefill(args, *at, config=config, **kw)
 
 
 def slots_of(batch: Batch) -> torch.Tensor:

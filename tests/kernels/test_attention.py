@@ -187,16 +187,13 @@ def test_padded_batch_leaves_no_trace():
     position = torch.cat([batch.positions(), torch.tensor([-1, -1])]).int()
     request = torch.cat([batch.requests() * 2, torch.tensor([STALE_ID, -7])]).int()
     for kw in (batch.kw, batch.kw | {"window_size": 600}):  # one split, and three
-        out = sink_decode(
-            padded.q,
-            batch.k_cache.nan_to_num(),
-            batch.v_cache.nan_to_num(),
-            table.clamp(max=0) if kw is not batch.kw else table,
-            position,
-            request,
-            torch.full_like(padded.q, torch.nan),
-            **kw,
+        clean = replace(
+            padded,
+            k_cache=batch.k_cache.nan_to_num(),
+            v_cache=batch.v_cache.nan_to_num(),
+            block_table=table.clamp(max=0) if kw is not batch.kw else table,
         )
+        out = sink_decode(clean.layer_args(**kw), position, request)
         assert (out[4:] == 0).all()
         assert not out.isnan().any()
         if kw is batch.kw:

@@ -1,5 +1,7 @@
 """KV heads of different policies in one launch, against the reference head by head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm_sink_kernels.triton import decode
@@ -12,7 +14,7 @@ from vllm_sink_kernels.triton.primitives import (
     WINDOW_COLUMN,
 )
 
-from tests.kernels.batches import NAN, STALE_ID, assert_close, make_batch
+from tests.kernels.batches import STALE_ID, assert_close, make_batch
 from tests.kernels.head_batches import (
     EVERYTHING,
     HeadsBatch,
@@ -139,31 +141,9 @@ def test_equal_heads_equal_the_plain_policy_exactly():
         [slots_of(plain)] * 2,
         [(4, 400)] * 2,
     )
-    lens = torch.tensor(plain.seq_lens).int()
-    one_head = heads.k_cache, heads.v_cache, heads.block_table
-    got = decode.sink_decode(
-        plain.q,
-        *one_head,
-        plain.positions(),
-        plain.requests(),
-        torch.full_like(plain.q, NAN),
-        heads=heads,
-        **plain.kw,
-    )
-    assert got.equal(plain.decode())
-    from vllm_sink_kernels.triton.prefill import sink_prefill
-
-    got = sink_prefill(
-        plain.q,
-        *one_head,
-        plain.query_start_loc,
-        lens,
-        3,
-        torch.full_like(plain.q, NAN),
-        heads=heads,
-        **plain.kw,
-    )
-    assert got.equal(plain.prefill())
+    one = replace(plain, k_cache=heads.k_cache, v_cache=heads.v_cache)
+    assert one.decode(heads=heads).equal(plain.decode())
+    assert one.prefill(heads=heads).equal(plain.prefill())
 
 
 def test_prefill_of_the_requests_that_decode_left():
@@ -290,17 +270,9 @@ def test_padding_tokens_are_zero():
     heads, q = batch.table(), batch.q.repeat(3, 1, 1)
     for config in (None, SMALL):
         out = decode.sink_decode(
-            q,
-            heads.k_cache,
-            heads.v_cache,
-            heads.block_table,
+            batch.layer_args(heads, q),
             torch.tensor([699, -1, -1]).int(),
             torch.tensor([0, STALE_ID, -7]).int(),
-            torch.full_like(q, NAN),
-            heads=heads,
-            num_sink_tokens=0,
-            window_size=1,
             config=config,
-            **batch.kw,
         )
         assert (out[1:] == 0).all() and not out.isnan().any()

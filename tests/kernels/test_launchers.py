@@ -63,21 +63,20 @@ def test_bad_tensors(kernel, name, change, message):
 
 def test_bad_arguments_of_one_launcher():
     b = make_batch(seq_lens=[70], query_lens=[2], window=600)
-    common = (b.q, b.k_cache, b.v_cache, b.block_table)
-    out, at, rows = torch.empty_like(b.q), b.positions(), b.requests()
+    args, at, rows = b.layer_args(), b.positions(), b.requests()
     with pytest.raises(ValueError, match=r"query_positions must be \[T\] = \[2\]"):
-        decode.sink_decode(*common, at[:1], rows, out, **b.kw)
+        decode.sink_decode(args, at[:1], rows)
     with pytest.raises(ValueError, match="query_requests must be int32"):
-        decode.sink_decode(*common, at, rows.long(), out, **b.kw)
+        decode.sink_decode(args, at, rows.long())
     with pytest.raises(ValueError, match=r"workspace must be .* at least 2080 elem"):
-        decode.sink_decode(*common, at, rows, out, workspace=torch.empty(9), **b.kw)
+        decode.sink_decode(args, at, rows, workspace=torch.empty(9))
     with pytest.raises(ValueError, match="out must be float32"):
-        decode.sink_decode(*common, at, rows, out.half(), **b.kw)
+        b.layer_args(b.q.half())
     starts, lens = b.query_start_loc, torch.tensor([70]).int()
     with pytest.raises(ValueError, match=r"query_start_loc must be \[R \+ 1\] = \[2\]"):
-        prefill.sink_prefill(*common, starts[:1], lens, 2, out, **b.kw)
-    with pytest.raises(ValueError, match="max_query_len must be >= 0, got -1"):
-        prefill.sink_prefill(*common, starts, lens, -1, out, **b.kw)
+        prefill.sink_prefill(args, starts[:1], lens)
+    with pytest.raises(ValueError, match="first_token must be within the 1 requests"):
+        prefill.sink_prefill(args, starts, lens, first_token=3)
     with pytest.raises(ValueError, match="slot_mapping must be int64"):
         cache_write.write_kv_cache(
             b.q[:, :2], b.q[:, :2], b.k_cache, b.v_cache, torch.zeros(2).int()
@@ -136,7 +135,9 @@ def test_launchers_do_not_read_device_memory(monkeypatch):
     """Nothing in a launcher waits for the device."""
     batch = make_batch(seq_lens=[70], query_lens=[2])
     starts, lens = batch.query_start_loc, torch.tensor(batch.seq_lens).int()
-    at, rows, out = batch.positions(), batch.requests(), torch.empty_like(batch.q)
+    at, rows = batch.positions(), batch.requests()
+
+    out = torch.empty_like(batch.q)
 
     def forbidden(*_):
         raise AssertionError("a launcher read device memory")
@@ -156,10 +157,9 @@ def test_launchers_do_not_read_device_memory(monkeypatch):
     )
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    common = (batch.q, batch.k_cache, batch.v_cache, batch.block_table)
-    kw = batch.kw | {"k_scale": torch.ones(1), "v_scale": torch.ones(())}
-    decode.sink_decode(*common, at, rows, out, **kw)
-    prefill.sink_prefill(*common, starts, lens, 2, out, **kw)
+    args = batch.layer_args(out, k_scale=torch.ones(1), v_scale=torch.ones(()))
+    decode.sink_decode(args, at, rows)
+    prefill.sink_prefill(args, starts, lens)
 
 
 def test_tables_end_with_a_row_for_everything():

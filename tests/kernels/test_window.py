@@ -3,30 +3,16 @@
 import pytest
 import torch
 from vllm_sink_kernels.triton import window
-from vllm_sink_kernels.triton.arguments import AttentionArgs
 from vllm_sink_kernels.triton.window import WindowPrefill
 
-from tests.kernels.batches import NAN, STALE_ID, Batch, assert_close, make_batch
+from tests.kernels.batches import STALE_ID, Batch, assert_close, make_batch
 from tests.kernels.flash_stand_in import flash_attn_varlen_func
 
 
 def run(
     batch: Batch, first_request: int = 0, first_token: int = 0, **kw
 ) -> torch.Tensor:
-    out = torch.full_like(batch.q, NAN)
-    args = AttentionArgs(
-        q=batch.q,
-        k_cache=batch.k_cache,
-        v_cache=batch.v_cache,
-        block_table=batch.block_table,
-        out=out,
-        is_neox=True,
-        soft_cap=0.0,
-        sink_logits=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        **(batch.kw | kw),
-    )
+    args = batch.layer_args(**kw)
     launch = WindowPrefill(args, flash_attn_varlen_func)
     starts, lens = batch.query_start_loc, torch.tensor(batch.seq_lens).int()
     known = [n for n, m in zip(batch.seq_lens, batch.query_lens, strict=True) if m]
@@ -34,7 +20,7 @@ def run(
     longest = max(batch.query_lens), max(known)
     view = launch.view(batch.block_table, starts, lens, *longest, *at)
     launch(args.pointers(), view, starts, lens, len(batch.q), *at)
-    return out
+    return args.out
 
 
 def make(**kw) -> Batch:
@@ -71,7 +57,7 @@ def test_requests_that_decode_served_and_padding_stay_as_they_are():
     table = torch.full((6, batch.block_table.shape[1]), STALE_ID, dtype=torch.int32)
     table[:4] = batch.block_table
     batch.block_table = table
-    batch.q = torch.cat([batch.q, torch.full_like(batch.q[:2], NAN)])
+    batch.q = torch.cat([batch.q, torch.full_like(batch.q[:2], torch.nan)])
     batch.query_lens += [0, 0]
     batch.seq_lens += [0, 9999]
     out = run(batch, first_request=2, first_token=2)

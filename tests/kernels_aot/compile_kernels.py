@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_sink_kernels.triton import decode, launch_config, prefill
 from vllm_sink_kernels.triton.arguments import Variant
-from vllm_sink_kernels.triton.primitives import ALIKE, APART, PACKED
+from vllm_sink_kernels.triton.primitives import ALIKE, APART, PACKED, Scores
+from vllm_sink_kernels.triton.turn import Turn
 
 # target -> (Triton's target, shared memory of a block in bytes, and of a core,
 # registers of a core in 32-bit words, warps of a core)
@@ -130,14 +131,12 @@ def variant_of(case: Case) -> Variant:
     num_heads, num_kv_heads = case.heads
     return Variant(
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
         head_size=case.head_size,
         block_size=16,
         rot_dim=case.head_size,
         is_neox=case.is_neox,
         has_sinks=case.budget[0] > 0,
-        soft_cap=case.soft_cap,
-        sink_logits=case.sink_logits,
         k_scale_tensor=case.kv == "fp8",
         v_scale_tensor=case.kv == "fp8",
         alignment=16 if case.mixed else 0,
@@ -163,12 +162,12 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
         config = launch_config.prefill_fp8(config)
     if case.kernel == "decode":
         fn = decode.sink_decode_kernel
-        constants = decode.kernel_constants(variant, config, is_split=True)
+        constants = decode.kernel_constants(variant, config)
     else:
         fn = prefill.sink_prefill_kernel
         constants = prefill.kernel_constants(variant, config)
     compiled = triton.compile(
-        source(fn, constants, case),
+        source(fn, constants, argument_types(case)),
         target=TARGETS[case.target][0],
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
@@ -176,38 +175,67 @@ def compile_case(case: Case) -> tuple[Any, Resources]:
     return compiled, read(case, compiled, config)
 
 
-def source(fn: Any, constants: dict[str, Any], case: Case) -> ASTSource:
-    """The signature that the launcher's arguments have, aligned as real ones are."""
+def argument_types(case: Case) -> dict[str, Any]:
+    """The types of the launcher's arguments, in tuples as they are; absent is None."""
     kv = {"fp8": "*fp8e4nv", "bf16": "*bf16", "fp32": "*fp32"}[case.kv]
+    dtype, i32 = f"*{case.dtype}", "i32"
+    kv_scale = "*fp32" if case.kv == "fp8" else "fp32"
     ints = ("block_table", "positions", "requests", "query_start", "seq_lens")
-    pointers = {f"{name}_ptr": "*i32" for name in ints} | {
+    return {f"{name}_ptr": "*i32" for name in ints} | {
+        "q_ptr": dtype,
         "k_ptr": kv,
         "v_ptr": kv,
-        "heads_ptr": "*i64",
-        "cs_ptr": f"*{case.dtype}",
-        "sink_logits_ptr": f"*{case.dtype}",
-        "q_ptr": f"*{case.dtype}",
-        "out_ptr": f"*{case.dtype}",
+        "out_ptr": dtype,
+        "heads_ptr": "*i64" if case.mixed else None,
         "part_ptr": "*fp32",
         "lse_ptr": "*fp32",
+        "q_strides": (i32,) * 2,
+        "k_strides": (i32,) * 3,
+        "v_strides": (i32,) * 3,
+        "out_strides": (i32,) * 2,
+        "scores": Scores(
+            "fp32",
+            "fp32" if case.soft_cap else None,
+            dtype if case.sink_logits else None,
+            kv_scale,
+            kv_scale,
+        ),
+        "turn": Turn(dtype, i32, i32) if case.budget[0] else None,
+        "policy": (i32,) * 2,
     }
-    scalars = {"scale": "fp32", "soft_cap": "fp32"}
-    scalars |= dict.fromkeys(
-        ("k_scale", "v_scale"), "*fp32" if case.kv == "fp8" else "fp32"
-    )
-    signature, attrs = {}, {}
+
+
+def source(fn: Any, constants: dict[str, Any], types: dict[str, Any]) -> ASTSource:
+    """``fn`` with arguments of ``types``, int32 the rest, aligned as real ones are."""
+    values, signature, attrs = dict(constants), {}, {}
+
+    def place(path: tuple[int, ...], name: str, given: Any) -> Any:
+        """The type of an argument, or of a tuple's member."""
+        if isinstance(given, tuple):
+            fields = getattr(given, "_fields", (name,) * len(given))
+            members = zip(range(len(given)), fields, given, strict=True)
+            return tuple([place((*path, j), *member) for j, *member in members])
+        if given is None:
+            values[path] = None
+            return "constexpr"
+        param = fn.params[path[0]]
+        if given.startswith("*"):
+            is_aligned = not param.do_not_specialize_on_alignment
+        else:
+            is_aligned = "stride" in name and not param.do_not_specialize
+        if is_aligned:
+            attrs[path] = [["tt.divisibility", 16]]
+        return given
+
     for i, name in enumerate(fn.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = pointers[name]
-            if not fn.params[i].do_not_specialize_on_alignment:
-                attrs[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = scalars.get(name, "i32")
-            if name.startswith("stride_") and not fn.params[i].do_not_specialize:
-                attrs[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn, signature, constants, attrs)
+            continue
+        given = types.get(name, "i32")
+        signature[name] = place((i,), name, given)
+        if hasattr(given, "_make"):  # members are read by their names
+            signature[name] = given._make(signature[name])
+    return ASTSource(fn, signature, values, attrs)
 
 
 DOT = re.compile(r"tt\.dot |warp_group_dot |tc_gen5_mma ")

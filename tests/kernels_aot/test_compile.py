@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import triton
-from triton.compiler import ASTSource
 from vllm_sink_kernels.triton import cache_write, merge, plan, window
 
 from tests.kernels_aot.compile_kernels import (
     LOOP_INSTRUCTIONS,
     TARGETS,
     Case,
+    argument_types,
     compile_case,
     counts_instructions,
     cuobjdump,
@@ -72,22 +72,14 @@ def test_the_table_holds_every_shipped_case_and_none_fails():
 
 
 def compile_small(kernel, target, constants, types):
-    """Compile a kernel whose pointers have ``types`` by name, the rest int32."""
-    signature, attrs = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if name.endswith("_ptr"):
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attrs), target=TARGETS[target][0]
-    )
+    return triton.compile(source(kernel, constants, types), target=TARGETS[target][0])
 
 
 def test_hoppers_sinks_after_the_window_compile():
     case = Case("prefill", "sm_90", 128, (32, 8), (4, 4092))
     constants = window.kernel_constants(variant_of(case), window.ADD_SINKS)
     compiled = triton.compile(
-        source(window.add_sinks_kernel, constants, case),
+        source(window.add_sinks_kernel, constants, argument_types(case)),
         target=TARGETS["sm_90"][0],
         options={"num_warps": window.ADD_SINKS.num_warps},
     )
@@ -122,13 +114,14 @@ def test_the_small_kernels_compile(target):
             "FP8_MAX": top,
             "K_SCALE_TENSOR": True,
             "V_SCALE_TENSOR": False,
-            "HEADS": mixed,
             "ALIGNMENT": 16 * mixed,
             "BLOCK_H": 8,
             "BLOCK_D": 128,
         }
         types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i64"}
-        types |= {"heads_ptr": "*i64"}
+        types["heads_ptr"] = "*i64" if mixed else None
+        types |= {"k_strides": ("i32",) * 2, "v_strides": ("i32",) * 2}
+        types |= {"k_cache_strides": ("i32",) * 3, "v_cache_strides": ("i32",) * 3}
         types |= {"k_cache_ptr": cache, "v_cache_ptr": cache}
         types |= {"k_scale": "*fp32", "v_scale": "fp32"}
         compile_small(cache_write.write_kv_cache_kernel, target, constants, types)

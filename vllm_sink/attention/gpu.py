@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.platforms import current_platform
 from vllm_sink_kernels.triton import launch_config
-from vllm_sink_kernels.triton.arguments import AttentionArgs
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Pointers
 from vllm_sink_kernels.triton.cache_write import WriteLauncher
 from vllm_sink_kernels.triton.decode import DecodeLauncher, workspace_shape
 from vllm_sink_kernels.triton.head_table import HeadTable
@@ -88,7 +88,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
             self._reserve_workspace(query.device)  # so that vLLM counts it
             return output.zero_()
         plan, heads = attn_metadata, None
-        block_table = rows = plan.block_table
+        block_table, rows = plan.block_table, None
         if self.heads is not None:
             heads = self.find_head_table(plan.step)
             k_cache, v_cache = heads.k_cache, heads.v_cache
@@ -100,7 +100,7 @@ class SinkGpuImpl(SinkImplBase[SinkGpuMetadata]):
         )
         if self.writes_cache and key is not None:
             launch.write(key, value, k_cache, v_cache, plan.slot_mapping, rows)
-        pointers = {
+        pointers: Pointers = {
             "q_ptr": query,
             "k_ptr": k_cache,
             "v_ptr": v_cache,

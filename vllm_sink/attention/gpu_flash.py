@@ -11,12 +11,13 @@ says why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm_sink_kernels.triton.arguments import AttentionArgs
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Pointers
 from vllm_sink_kernels.triton.prefill import sink_prefill
 from vllm_sink_kernels.triton.window import WindowPrefill
 
@@ -78,7 +79,7 @@ class FlashPrefill:
         self._args: AttentionArgs | None = args if is_hopper() else None
         self._launch: WindowPrefill | None = None
 
-    def run(self, pointers: dict[str, torch.Tensor], plan: SinkGpuMetadata) -> bool:
+    def run(self, pointers: Pointers, plan: SinkGpuMetadata) -> bool:
         """Serve the prefill part of a step, or leave it alone and say so.
 
         A CUDA graph keeps the grid that it was captured with, so that FlashAttention's,
@@ -199,21 +200,9 @@ def compare(
     }
     longest = max(query_lens)
     got = torch.empty_like(q)
-    step = AttentionArgs(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        block_table=table,
-        out=got,
-        soft_cap=0.0,
-        sink_logits=None,
-        k_scale=1.0,
-        v_scale=1.0,
-        **layer,
-    )
+    step = AttentionArgs(q, k_cache, v_cache, table, got, **layer)
     launch = WindowPrefill(step, attend)
     view = launch.view(table, starts, lens, longest, max(seq_lens), 0, 0)
     launch(step.pointers(), view, starts, lens, len(q))
-    want = torch.empty_like(q)
-    sink_prefill(q, k_cache, v_cache, table, starts, lens, longest, want, **layer)
+    want = sink_prefill(replace(step, out=torch.empty_like(q)), starts, lens)
     return got, want

@@ -44,29 +44,22 @@ def quantize(b_x, scale, dtype: tl.constexpr, FP8_MAX: tl.constexpr):
 def write_kv_cache_kernel(
     k_ptr,  # [T, HKV, D]
     v_ptr,
-    k_cache_ptr,  # [B, N, HKV, D]; if HEADS, any head's: its dtype counts
+    k_cache_ptr,  # [B, N, HKV, D]; with heads, any head's: its dtype counts
     v_cache_ptr,
     slots_ptr,  # int64 [T]
-    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], or None: heads share the cache
     k_scale,
     v_scale,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_kcb,
-    stride_kcn,
-    stride_kch,
-    stride_vcb,
-    stride_vcn,
-    stride_vch,
+    k_strides,  # token, head
+    v_strides,
+    k_cache_strides,  # block, slot, head
+    v_cache_strides,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FP8_MAX: tl.constexpr,  # 0: the cache has the dtype of k
     K_SCALE_TENSOR: tl.constexpr,
     V_SCALE_TENSOR: tl.constexpr,
-    HEADS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,7 +67,7 @@ def write_kv_cache_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = o_h < NUM_KV_HEADS
-    if HEADS:
+    if heads_ptr is not None:
         p_row = heads_ptr + o_h * HEAD_COLUMNS
         o_h = tl.load(p_row + HEAD_COLUMN, mask=m_h, other=0).to(tl.int32)
         p_slots = tl.load(p_row + SLOTS_COLUMN, mask=m_h, other=0).to(slots_ptr.dtype)
@@ -89,17 +82,19 @@ def write_kv_cache_kernel(
         if i_slot < 0:
             return
         b_slot = tl.zeros([BLOCK_H], dtype=tl.int64) + i_slot
-        p_k = k_cache_ptr + o_h.to(tl.int64) * stride_kch
-        p_v = v_cache_ptr + o_h.to(tl.int64) * stride_vch
+        p_k = k_cache_ptr + o_h.to(tl.int64) * k_cache_strides[2]
+        p_v = v_cache_ptr + o_h.to(tl.int64) * v_cache_strides[2]
     b_block = b_slot // BLOCK_SIZE
     b_n = b_slot % BLOCK_SIZE
-    p_k = p_k + b_block * stride_kcb + b_n * stride_kcn
-    p_v = p_v + b_block * stride_vcb + b_n * stride_vcn
+    p_k = p_k + b_block * k_cache_strides[0] + b_n * k_cache_strides[1]
+    p_v = p_v + b_block * v_cache_strides[0] + b_n * v_cache_strides[1]
     o_d = tl.arange(0, BLOCK_D)
     m = m_h[:, None] & (o_d < HEAD_SIZE)[None, :]
     o_h = o_h.to(tl.int64)[:, None]
-    b_k = tl.load(k_ptr + i_t * stride_kt + o_h * stride_kh + o_d[None, :], mask=m)
-    b_v = tl.load(v_ptr + i_t * stride_vt + o_h * stride_vh + o_d[None, :], mask=m)
+    p_bk = k_ptr + i_t * k_strides[0] + o_h * k_strides[1]
+    p_bv = v_ptr + i_t * v_strides[0] + o_h * v_strides[1]
+    b_k = tl.load(p_bk + o_d[None, :], mask=m)
+    b_v = tl.load(p_bv + o_d[None, :], mask=m)
     if FP8_MAX > 0:
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         b_k = quantize(b_k, load_scale(k_scale, K_SCALE_TENSOR), dtype, FP8_MAX)
@@ -148,14 +143,12 @@ class WriteLauncher:
         block_d = pow2(head_size)
         block_h = min(int(triton.next_power_of_2(num_kv_heads)), MAX_TILE // block_d)
         fp8 = k_cache.dtype in FP8_DTYPES
-        names: tuple[str, ...] = ("stride_kt", "stride_kh", "stride_vt", "stride_vh")
-        names += ("stride_kcb", "stride_kcn", "stride_kch")
-        names += ("stride_vcb", "stride_vcn", "stride_vch")
-        strides: tuple[int, ...] = (*k.stride()[:2], *v.stride()[:2])
-        strides += (*k_cache.stride()[:3], *v_cache.stride()[:3])
         self.blocks_of_heads = triton.cdiv(num_kv_heads, block_h)
         self.fixed = {
-            **dict(zip(names, strides, strict=True)),
+            "k_strides": k.stride()[:2],
+            "v_strides": v.stride()[:2],
+            "k_cache_strides": k_cache.stride()[:3],
+            "v_cache_strides": v_cache.stride()[:3],
             "k_scale": 1.0 if k_scale is None else k_scale,
             "v_scale": 1.0 if v_scale is None else v_scale,
             "NUM_KV_HEADS": num_kv_heads,
@@ -164,7 +157,6 @@ class WriteLauncher:
             "FP8_MAX": torch.finfo(k_cache.dtype).max if fp8 else 0.0,
             "K_SCALE_TENSOR": isinstance(k_scale, torch.Tensor),
             "V_SCALE_TENSOR": isinstance(v_scale, torch.Tensor),
-            "HEADS": heads is not None,
             "ALIGNMENT": 0 if heads is None else heads.alignment,
             "BLOCK_H": block_h,
             "BLOCK_D": block_d,
@@ -187,7 +179,7 @@ class WriteLauncher:
             k_cache_ptr=k_cache,
             v_cache_ptr=v_cache,
             slots_ptr=slot_mapping,
-            heads_ptr=slot_mapping if heads_rows is None else heads_rows,
+            heads_ptr=heads_rows,
             **self.fixed,
         )
 

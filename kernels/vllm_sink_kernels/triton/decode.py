@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from vllm_sink_kernels.triton import launch_config
-from vllm_sink_kernels.triton.arguments import AttentionArgs, Variant
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Pointers, Variant
 from vllm_sink_kernels.triton.checks import (
     check_device,
     pow2,
@@ -33,7 +33,6 @@ from vllm_sink_kernels.triton.checks import (
     require_dtype,
     require_shape,
 )
-from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import (
     PROGRAMS_PER_CORE,
     LaunchConfig,
@@ -43,11 +42,13 @@ from vllm_sink_kernels.triton.merge import merge_splits
 from vllm_sink_kernels.triton.primitives import (
     KEY_MASK,
     LOG2E,
+    Keys,
     attend_range,
     load_head,
     load_scale,
-    turn_query,
+    score_scale,
 )
+from vllm_sink_kernels.triton.turn import turn_query
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -56,56 +57,31 @@ def sink_decode_kernel(
     k_ptr,  # [B, N, HKV, D]
     v_ptr,
     block_table_ptr,  # int32 [R, max_blocks]
-    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], or None
     positions_ptr,  # int32 [T], -1 pads
     requests_ptr,  # int32 [T]
-    cs_ptr,  # [P, ROT]
-    sink_logits_ptr,  # [HQ]
-    out_ptr,  # [T, HQ, D], written unless SPLIT
-    part_ptr,  # fp32 [T, HQ, splits, D], written if SPLIT
-    lse_ptr,  # fp32 [T, HQ, splits], base 2
-    k_scale,
-    v_scale,
-    scale,
-    soft_cap,
-    num_splits,
-    num_sink_tokens,
-    window_size,
-    num_cs_rows,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
+    out_ptr,  # [T, HQ, D], written without splits
+    part_ptr,  # fp32 [T, HQ, splits, D], written with splits, or None
+    lse_ptr,  # fp32 [T, HQ, splits], base 2, likewise
+    q_strides,
+    k_strides,
+    v_strides,
     stride_table,
-    stride_cs,
-    stride_ot,
-    stride_oh,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROT: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    TURN: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    SINK_LOGITS: tl.constexpr,
-    K_SCALE_TENSOR: tl.constexpr,
-    V_SCALE_TENSOR: tl.constexpr,
-    HEADS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    out_strides,
+    scores,  # Scores
+    turn,  # Turn, or None: sinks stay where they are
+    policy,  # S, W
+    num_splits,
+    VARIANT: tl.constexpr,
     HEADS_SLOWEST: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,  # that a split takes if there are as many
 ):
+    GROUP: tl.constexpr = VARIANT.group
+    HEAD_SIZE: tl.constexpr = VARIANT.head_size
+    SPLIT: tl.constexpr = part_ptr is not None
     i_t = tl.program_id(0)
     if HEADS_SLOWEST:
         i_split = tl.program_id(1)
@@ -113,29 +89,28 @@ def sink_decode_kernel(
     else:
         i_row = tl.program_id(1)
         i_split = tl.program_id(2)
-    i_h, p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
+    head = load_head(
         i_row,
         heads_ptr,
         k_ptr,
         v_ptr,
         block_table_ptr,
-        stride_kh,
-        stride_vh,
         stride_table,
-        num_sink_tokens,
-        window_size,
-        HEADS,
-        ALIGNMENT,
+        k_strides,
+        v_strides,
+        policy,
+        VARIANT,
     )
+    num_sink_tokens, window_size = head.num_sink_tokens, head.window_size
     i_pos = tl.load(positions_ptr + i_t)
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
-    o_h = i_h * GROUP + o_g
+    o_h = head.index * GROUP + o_g
     m_g = o_g < GROUP
     m_gd = m_g[:, None] & (o_d < HEAD_SIZE)[None, :]
-    p_o = out_ptr + i_t.to(tl.int64) * stride_ot + o_h[:, None] * stride_oh
-    p_o = p_o + o_d[None, :]
-    o_part = (i_t.to(tl.int64) * NUM_HEADS + o_h) * num_splits + i_split
+    p_o = out_ptr + i_t.to(tl.int64) * out_strides[0]
+    p_o = p_o + o_h[:, None] * out_strides[1] + o_d[None, :]
+    o_part = (i_t.to(tl.int64) * VARIANT.num_heads + o_h) * num_splits + i_split
     if i_pos < 0:
         if not SPLIT:
             b_zero = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
@@ -160,44 +135,40 @@ def sink_decode_kernel(
             return
 
     i_request = tl.load(requests_ptr + i_t).to(tl.int64)
-    p_table = p_table + i_request * stride_table
-    cache = (p_table, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn)
-    score_scale = scale * load_scale(k_scale, K_SCALE_TENSOR)
-    if not SOFT_CAP:
-        score_scale = score_scale * LOG2E
-    scores = (score_scale, soft_cap)
+    keys = Keys(
+        head.p_table + i_request * head.stride_table,
+        head.p_k,
+        head.p_v,
+        k_strides,
+        v_strides,
+        window_size,
+        score_scale(scores, VARIANT),
+        scores.soft_cap,
+    )
 
-    p_q = q_ptr + i_t.to(tl.int64) * stride_qt + o_h * stride_qh
+    p_q = q_ptr + i_t.to(tl.int64) * q_strides[0] + o_h * q_strides[1]
     p_bq = p_q[:, None] + o_d[None, :]
     b_q = tl.load(p_bq, mask=m_gd, other=0.0, eviction_policy="evict_last")
     b_pos = tl.zeros([BLOCK_G], dtype=tl.int32) + i_pos
     b_acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
     b_max = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_G], dtype=tl.float32)
-    if SINK_LOGITS:  # noqa: SIM102, one is for the compiler, one for the device
-        # A key without a value, seen once: by the first split.
-        if i_split == 0:
-            b_max = tl.load(sink_logits_ptr + o_h, mask=m_g, other=0.0)
+    # A key without a value, seen once: by the first split.
+    if scores.sink_logits_ptr is not None:  # noqa: SIM102, for the compiler
+        if i_split == 0:  # for the device
+            b_max = tl.load(scores.sink_logits_ptr + o_h, mask=m_g, other=0.0)
             b_max = b_max.to(tl.float32) * LOG2E
             b_sum = tl.full([BLOCK_G], 1.0, dtype=tl.float32)
     state = (b_acc, b_max, b_sum)
 
-    if HAS_SINKS:
-        if TURN:  # rows that need no turn load nothing for it
+    if VARIANT.has_sinks:
+        if turn is not None:  # rows that need no turn load nothing for it
             b_left = tl.zeros([BLOCK_G], dtype=tl.int32) + (sink_tiles - tile_start)
-            b_q = turn_query(
-                b_q.to(tl.float32),
-                p_q,
-                b_pos,
-                m_g & (b_left > 0),
-                num_sink_tokens + window_size,
-                cs_ptr,
-                stride_cs,
-                num_cs_rows,
-                ROT,
-                IS_NEOX,
-                BLOCK_D,
-            ).to(b_q.dtype)
+            m_turn = m_g & (b_left > 0)
+            budget = num_sink_tokens + window_size
+            b_turned = b_q.to(tl.float32)
+            b_turned = turn_query(b_turned, p_q, b_pos, m_turn, budget, turn, VARIANT)
+            b_q = b_turned.to(b_q.dtype)
         state = attend_range(
             state,
             b_q,
@@ -205,19 +176,13 @@ def sink_decode_kernel(
             tile_start * BLOCK_N,
             0,
             tl.minimum(tile_end * BLOCK_N, num_sinks),
-            window_size,
-            cache,
-            scores,
-            HEAD_SIZE,
-            BLOCK_D,
+            keys,
+            VARIANT,
             BLOCK_N,
-            BLOCK_SIZE,
             False,
-            LAYOUT,
-            SOFT_CAP,
             KEY_MASK,
         )
-        if TURN:
+        if turn is not None:
             # Read again rather than kept: two queries at once spill. The policies
             # differ so that the compiler does not make one load of them.
             b_q = tl.load(p_bq, mask=m_gd, other=0.0, eviction_policy="evict_first")
@@ -228,22 +193,16 @@ def sink_decode_kernel(
         window_start + tl.maximum(tile_start - sink_tiles, 0) * BLOCK_N,
         0,
         tl.minimum(window_start + (tile_end - sink_tiles) * BLOCK_N, i_pos + 1),
-        window_size,
-        cache,
-        scores,
-        HEAD_SIZE,
-        BLOCK_D,
+        keys,
+        VARIANT,
         BLOCK_N,
-        BLOCK_SIZE,
         False,
-        LAYOUT,
-        SOFT_CAP,
         KEY_MASK,
     )
 
     b_acc, b_max, b_sum = state
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_inv = load_scale(v_scale, V_SCALE_TENSOR) / b_sum
+    b_inv = load_scale(scores.v_scale, VARIANT.v_scale_tensor) / b_sum
     b_acc = b_acc * b_inv[:, None]
     if SPLIT:
         p_part = part_ptr + o_part[:, None] * HEAD_SIZE + o_d[None, :]
@@ -272,20 +231,17 @@ def workspace_shape(
 
 
 def kernel_constants(
-    variant: Variant,
-    config: LaunchConfig,
-    is_split: bool,
-    heads_slowest: bool | None = None,
+    variant: Variant, config: LaunchConfig, heads_slowest: bool | None = None
 ) -> dict[str, Any]:
     """The compile-time arguments of ``sink_decode_kernel``."""
     if heads_slowest is None:
         heads_slowest = variant.alignment > 0
     return {
-        **variant.constants(config),
+        "VARIANT": variant,
         "HEADS_SLOWEST": heads_slowest,
-        "NUM_HEADS": variant.num_heads,
-        "SPLIT": is_split,
         "BLOCK_G": pow2(variant.group),
+        "BLOCK_D": pow2(variant.head_size),
+        "BLOCK_N": config.block_n,
         "MIN_TILES": max(1, launch_config.KEYS_PER_SPLIT // config.block_n),
     }
 
@@ -309,18 +265,15 @@ class DecodeLauncher:
             if args.k_cache.element_size() == 1:
                 config = launch_config.halve_keys(config)
         variant = args.variant()
-        self.num_heads, self.num_kv_heads = variant.num_heads, variant.num_kv_heads
+        self.num_heads, self.num_kv_heads = variant.num_heads, args.num_kv_heads
         self.head_size = variant.head_size
         self.budgets = args.budgets
         self.num_cores = launch_config.num_cores(args.q.device)
         self.fixed = {
-            is_split: {
-                **args.fixed(),
-                **kernel_constants(variant, config, is_split, heads_slowest),
-                "num_warps": config.num_warps,
-                "num_stages": config.num_stages,
-            }
-            for is_split in (False, True)
+            **args.fixed(),
+            **kernel_constants(variant, config, heads_slowest),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
         }
 
     def workspace_elements(self, num_tokens: int) -> int:
@@ -332,7 +285,7 @@ class DecodeLauncher:
 
     def __call__(
         self,
-        pointers: dict[str, torch.Tensor],
+        pointers: Pointers,
         query_positions: torch.Tensor,
         query_requests: torch.Tensor,
         workspace: torch.Tensor | None,
@@ -340,13 +293,13 @@ class DecodeLauncher:
         """Launch; ``pointers`` as ``AttentionArgs.pointers`` names them."""
         num_tokens = query_positions.shape[0]
         splits = num_splits(num_tokens, self.budgets, self.num_cores)
-        part = lse = query_positions  # not used
+        part = lse = None
         if splits > 1:
             assert workspace is not None
             part = workspace
             lse = part[num_tokens * self.num_heads * splits * self.head_size :]
         axes = self.num_kv_heads, splits
-        if self.fixed[False]["HEADS_SLOWEST"]:
+        if self.fixed["HEADS_SLOWEST"]:
             axes = splits, self.num_kv_heads
         sink_decode_kernel[(num_tokens, *axes)](
             **pointers,
@@ -355,15 +308,15 @@ class DecodeLauncher:
             part_ptr=part,
             lse_ptr=lse,
             num_splits=splits,
-            **self.fixed[splits > 1],
+            **self.fixed,
         )
-        if splits > 1:
+        if part is not None and lse is not None:
             merge_splits(
                 part,
                 lse,
                 query_positions,
                 pointers["out_ptr"],
-                (self.fixed[True]["stride_ot"], self.fixed[True]["stride_oh"]),
+                self.fixed["out_strides"],
                 num_heads=self.num_heads,
                 head_size=self.head_size,
                 num_splits=splits,
@@ -371,61 +324,24 @@ class DecodeLauncher:
 
 
 def sink_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
+    args: AttentionArgs,
     query_positions: torch.Tensor,
     query_requests: torch.Tensor,
-    out: torch.Tensor,
     *,
-    scale: float,
-    num_sink_tokens: int,
-    window_size: int,
-    cos_sin_cache: torch.Tensor | None = None,
-    is_neox: bool = True,
-    soft_cap: float = 0.0,
-    sink_logits: torch.Tensor | None = None,
-    k_scale: float | torch.Tensor = 1.0,
-    v_scale: float | torch.Tensor = 1.0,
-    heads: HeadTable | None = None,
     workspace: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """Attention of each query token by itself, into ``out``.
+    """Attention of each query token by itself, into ``args.out``.
 
     Args:
-        q, k_cache, v_cache, block_table and the keywords: as for
-            ``reference.sink_attention``. The scales may be tensors of one element.
-            Every position must have its row in ``cos_sin_cache``: one past the
-            table gives NaN.
+        args: the layer and its T query tokens; ``out`` is written and returned.
         query_positions: int32 [T]; -1 marks a padding slot, whose output is zero.
         query_requests: int32 [T], the row of the block table of each token
             (not read for padding).
-        out: [T, HQ, D], written in place and returned.
-        heads: caches, block tables, S and W of each KV head; the arguments of
-            those names are not used then (``heads.k_cache`` and the like will do).
         workspace: fp32 of ``workspace_shape`` or more; allocated if missing.
         config: tiles; the table's by default.
     """
-    args = AttentionArgs(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        block_table=block_table,
-        out=out,
-        scale=scale,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        cos_sin_cache=cos_sin_cache,
-        is_neox=is_neox,
-        soft_cap=soft_cap,
-        sink_logits=sink_logits,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        heads=heads,
-    )
-    num_tokens = q.shape[0]
+    q, num_tokens = args.q, args.q.shape[0]
     for name, x in (
         ("query_positions", query_positions),
         ("query_requests", query_requests),
@@ -435,7 +351,7 @@ def sink_decode(
         require(x.is_contiguous(), name, "contiguous", list(x.stride()), "copy it")
     check_device(q, query_positions=query_positions, query_requests=query_requests)
     if num_tokens == 0:
-        return out
+        return args.out
     launch = DecodeLauncher(args, config)
     need = launch.workspace_elements(num_tokens)
     if workspace is None:
@@ -450,4 +366,4 @@ def sink_decode(
     )
     check_device(q, workspace=workspace)
     launch(args.pointers(), query_positions, query_requests, workspace)
-    return out
+    return args.out

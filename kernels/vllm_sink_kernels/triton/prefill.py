@@ -17,26 +17,28 @@ import triton
 import triton.language as tl
 
 from vllm_sink_kernels.triton import launch_config
-from vllm_sink_kernels.triton.arguments import AttentionArgs, Variant
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Pointers, Variant
 from vllm_sink_kernels.triton.checks import (
     check_device,
+    pow2,
     require,
     require_dtype,
     require_shape,
 )
-from vllm_sink_kernels.triton.head_table import HeadTable
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.primitives import (
     LOG2E,
     NO_MASK,
     SINK_MASK,
     WINDOW_MASK,
+    Keys,
     attend_range,
-    find_request,
+    find_queries,
     load_head,
     load_scale,
-    turn_query,
+    score_scale,
 )
+from vllm_sink_kernels.triton.turn import turn_query
 
 
 # One binary for every batch: the number of requests and where the slices of a mixed
@@ -50,54 +52,30 @@ def sink_prefill_kernel(
     k_ptr,  # [B, N, HKV, D]
     v_ptr,
     block_table_ptr,  # int32 [R, max_blocks]
-    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], or None
     query_start_ptr,  # int32 [R + 1]
     seq_lens_ptr,  # int32 [R]
-    cs_ptr,  # [P, ROT]
-    sink_logits_ptr,  # [HQ]
     out_ptr,  # [T, HQ, D]
-    k_scale,
-    v_scale,
-    scale,
-    soft_cap,
+    q_strides,
+    k_strides,
+    v_strides,
+    stride_table,
+    out_strides,
+    scores,  # Scores
+    turn,  # Turn, or None: sinks stay where they are
+    policy,  # S, W
     first_request,
     first_token,
     num_requests,
-    num_sink_tokens,
-    window_size,
-    num_cs_rows,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_table,
-    stride_cs,
-    stride_ot,
-    stride_oh,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROT: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    TURN: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    SINK_LOGITS: tl.constexpr,
-    K_SCALE_TENSOR: tl.constexpr,
-    V_SCALE_TENSOR: tl.constexpr,
-    HEADS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    VARIANT: tl.constexpr,
     TILE_Q: tl.constexpr,  # query tokens a tile
     BLOCK_M: tl.constexpr,  # its rows, at least TILE_Q * GROUP
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr,  # keys of a tile that hides some
 ):
+    BLOCK_SIZE: tl.constexpr = VARIANT.block_size
+    GROUP: tl.constexpr = VARIANT.group
     # Tiles begin at whole blocks, or at whole tiles of a larger block, unless neither
     # of the two sizes divides the other.
     INNER_ALIGNED: tl.constexpr = BLOCK_N % BLOCK_SIZE == 0 or BLOCK_SIZE % BLOCK_N == 0
@@ -109,53 +87,53 @@ def sink_prefill_kernel(
     # Later tiles of a prompt see more keys: started first, they do not end last.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_row = tl.program_id(1)  # of the table of heads, which begins with the longest
-    i_r, i_start = find_request(
+    i_r, i_start, query_len, i_first = find_queries(
         query_start_ptr, first_request, num_requests, first_token, i_tile, TILE_Q
     )
-    query_len = tl.load(query_start_ptr + i_r + 1) - i_start
-    i_first = i_tile - ((i_start - first_token) // TILE_Q + i_r - first_request)
-    i_first = i_first * TILE_Q
     if i_first >= query_len:
         return
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_q = i_first + o_m // GROUP  # query of the row, within the request
     m_m = (o_m < TILE_Q * GROUP) & (o_q < query_len)
-    m_md = m_m[:, None] & (o_d < HEAD_SIZE)[None, :]
+    m_md = m_m[:, None] & (o_d < VARIANT.head_size)[None, :]
     num_computed = tl.load(seq_lens_ptr + i_r) - query_len
     b_pos = num_computed + o_q
     first = num_computed + i_first
     last = num_computed + tl.minimum(i_first + TILE_Q, query_len) - 1
 
     o_t = (i_start + o_q).to(tl.int64)
-    i_h, p_k, p_v, p_table, stride_table, num_sink_tokens, window_size = load_head(
+    head = load_head(
         i_row,
         heads_ptr,
         k_ptr,
         v_ptr,
         block_table_ptr,
-        stride_kh,
-        stride_vh,
         stride_table,
-        num_sink_tokens,
-        window_size,
-        HEADS,
-        ALIGNMENT,
+        k_strides,
+        v_strides,
+        policy,
+        VARIANT,
     )
-    o_h = i_h * GROUP + o_m % GROUP
-    p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
-    p_table = p_table + tl.cast(i_r, tl.int64) * stride_table
-    cache = (p_table, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn)
-    score_scale = scale * load_scale(k_scale, K_SCALE_TENSOR)
-    if not SOFT_CAP:
-        score_scale = score_scale * LOG2E
-    scores = (score_scale, soft_cap)
+    num_sink_tokens, window_size = head.num_sink_tokens, head.window_size
+    o_h = head.index * GROUP + o_m % GROUP
+    p_q = q_ptr + o_t * q_strides[0] + o_h * q_strides[1]
+    keys = Keys(
+        head.p_table + tl.cast(i_r, tl.int64) * head.stride_table,
+        head.p_k,
+        head.p_v,
+        k_strides,
+        v_strides,
+        window_size,
+        score_scale(scores, VARIANT),
+        scores.soft_cap,
+    )
 
     p_bq = p_q[:, None] + o_d[None, :]
     b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_last")
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    if SINK_LOGITS:  # a key without a value
-        b_max = tl.load(sink_logits_ptr + o_h, mask=m_m, other=0.0)
+    if scores.sink_logits_ptr is not None:  # a key without a value
+        b_max = tl.load(scores.sink_logits_ptr + o_h, mask=m_m, other=0.0)
         b_max = b_max.to(tl.float32) * LOG2E
         b_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     else:
@@ -163,24 +141,15 @@ def sink_prefill_kernel(
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     state = (b_acc, b_max, b_sum)
 
-    if HAS_SINKS:
-        if TURN:
+    if VARIANT.has_sinks:
+        if turn is not None:
             # Without a branch around it: a tile that comes out of one is kept in
             # registers, in a layout of its own, and spills. Rows that do not turn
             # load nothing.
-            b_q = turn_query(
-                b_q.to(tl.float32),
-                p_q,
-                b_pos,
-                m_m,
-                num_sink_tokens + window_size,
-                cs_ptr,
-                stride_cs,
-                num_cs_rows,
-                ROT,
-                IS_NEOX,
-                BLOCK_D,
-            ).to(b_q.dtype)
+            budget = num_sink_tokens + window_size
+            b_turned = b_q.to(tl.float32)
+            b_turned = turn_query(b_turned, p_q, b_pos, m_m, budget, turn, VARIANT)
+            b_q = b_turned.to(b_q.dtype)
         k_end = tl.minimum(num_sink_tokens, last + 1)
         inner_end = tl.minimum(num_sink_tokens, first + 1) // EDGE_N * EDGE_N
         state = attend_range(
@@ -190,16 +159,10 @@ def sink_prefill_kernel(
             0,
             0,
             inner_end,
-            window_size,
-            cache,
-            scores,
-            HEAD_SIZE,
-            BLOCK_D,
+            keys,
+            VARIANT,
             EDGE_N,
-            BLOCK_SIZE,
             EDGE_ALIGNED,
-            LAYOUT,
-            SOFT_CAP,
             NO_MASK,
         )
         state = attend_range(
@@ -209,20 +172,14 @@ def sink_prefill_kernel(
             inner_end,
             0,
             k_end,
-            window_size,
-            cache,
-            scores,
-            HEAD_SIZE,
-            BLOCK_D,
+            keys,
+            VARIANT,
             EDGE_N,
-            BLOCK_SIZE,
             EDGE_ALIGNED,
-            LAYOUT,
-            SOFT_CAP,
             SINK_MASK,
         )
 
-        if TURN:
+        if turn is not None:
             # Read again rather than kept: two queries at once spill. The policies
             # differ so that the compiler does not make one load of them.
             b_q = tl.load(p_bq, mask=m_md, other=0.0, eviction_policy="evict_first")
@@ -244,16 +201,10 @@ def sink_prefill_kernel(
                 inner_start,
                 0,
                 inner_end,
-                window_size,
-                cache,
-                scores,
-                HEAD_SIZE,
-                BLOCK_D,
+                keys,
+                VARIANT,
                 BLOCK_N,
-                BLOCK_SIZE,
                 INNER_ALIGNED,
-                LAYOUT,
-                SOFT_CAP,
                 NO_MASK,
             )
         state = attend_range(
@@ -263,22 +214,17 @@ def sink_prefill_kernel(
             i_from if i_edge == 0 else inner_end,
             i_low,
             tl.minimum(inner_start, last + 1) if i_edge == 0 else last + 1,
-            window_size,
-            cache,
-            scores,
-            HEAD_SIZE,
-            BLOCK_D,
+            keys,
+            VARIANT,
             EDGE_N,
-            BLOCK_SIZE,
             EDGE_ALIGNED,
-            LAYOUT,
-            SOFT_CAP,
             WINDOW_MASK,
         )
 
     b_acc, b_max, b_sum = state
-    b_inv = load_scale(v_scale, V_SCALE_TENSOR) / tl.where(b_sum == 0.0, 1.0, b_sum)
-    p_o = out_ptr + o_t * stride_ot + o_h * stride_oh
+    b_inv = load_scale(scores.v_scale, VARIANT.v_scale_tensor)
+    b_inv = b_inv / tl.where(b_sum == 0.0, 1.0, b_sum)
+    p_o = out_ptr + o_t * out_strides[0] + o_h * out_strides[1]
     b_o = (b_acc * b_inv[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(p_o[:, None] + o_d[None, :], b_o, mask=m_md)
 
@@ -287,9 +233,11 @@ def kernel_constants(variant: Variant, config: LaunchConfig) -> dict[str, Any]:
     """The compile-time arguments of ``sink_prefill_kernel``."""
     block_m = max(config.block_m, int(triton.next_power_of_2(variant.group)))
     return {
-        **variant.constants(config),
+        "VARIANT": variant,
         "TILE_Q": block_m // variant.group,
         "BLOCK_M": block_m,
+        "BLOCK_D": pow2(variant.head_size),
+        "BLOCK_N": config.block_n,
         "EDGE_N": config.edge_n or config.block_n,
     }
 
@@ -313,7 +261,7 @@ class PrefillLauncher:
 
     def __call__(
         self,
-        pointers: dict[str, torch.Tensor],
+        pointers: Pointers,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
         num_tokens: int,
@@ -336,95 +284,50 @@ class PrefillLauncher:
 
 
 def sink_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
+    args: AttentionArgs,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    max_query_len: int,
-    out: torch.Tensor,
     *,
-    scale: float,
-    num_sink_tokens: int,
-    window_size: int,
-    cos_sin_cache: torch.Tensor | None = None,
-    is_neox: bool = True,
-    soft_cap: float = 0.0,
-    sink_logits: torch.Tensor | None = None,
-    k_scale: float | torch.Tensor = 1.0,
-    v_scale: float | torch.Tensor = 1.0,
-    heads: HeadTable | None = None,
     first_request: int = 0,
     first_token: int = 0,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """Attention of the queries of R requests, each of any length, into ``out``.
+    """Attention of the queries of R requests, each of any length, into ``args.out``.
+
+    K and V of this step are in the cache already.
 
     Args:
-        q, k_cache, v_cache, block_table and the keywords: as for
-            ``reference.sink_attention``. The scales may be tensors of one element.
-            Every position must have its row in ``cos_sin_cache``: one past the
-            table gives NaN. K and V of this step are in the cache already.
+        args: the layer and its T query tokens. Of ``out`` [T, HQ, D], written and
+            returned, the rows from ``query_start_loc[R]`` on belong to nobody and stay
+            as they are.
         query_start_loc: int32 [R + 1], not decreasing; equal neighbours are empty
             requests, such as padding at the end of a batch.
         seq_lens: int32 [R], not read for empty requests' sake.
-        max_query_len: the longest request's queries, or more; the host's number.
-        out: [T, HQ, D], written in place and returned. Tokens from
-            ``query_start_loc[R]`` on belong to nobody and stay as they are.
-        heads: caches, block tables, S and W of each KV head; the arguments of
-            those names are not used then (``heads.k_cache`` and the like will do).
         first_request, first_token: earlier requests, and their tokens, are left
             alone; the host's numbers, ``first_token = query_start_loc[first_request]``.
         config: tiles; the table's by default.
     """
-    args = AttentionArgs(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        block_table=block_table,
-        out=out,
-        scale=scale,
-        num_sink_tokens=num_sink_tokens,
-        window_size=window_size,
-        cos_sin_cache=cos_sin_cache,
-        is_neox=is_neox,
-        soft_cap=soft_cap,
-        sink_logits=sink_logits,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        heads=heads,
-    )
-    num_requests = block_table.shape[0]
+    num_requests, num_tokens = args.block_table.shape[0], args.q.shape[0]
     require_shape("query_start_loc", query_start_loc, "[R + 1]", num_requests + 1)
     require_shape("seq_lens", seq_lens, "[R]", num_requests)
     for name, x in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens)):
         require_dtype(name, x, torch.int32)
         require(x.is_contiguous(), name, "contiguous", list(x.stride()), "copy it")
+    check_device(args.q, query_start_loc=query_start_loc, seq_lens=seq_lens)
     require(
-        max_query_len >= 0,
-        "max_query_len",
-        ">= 0",
-        max_query_len,
-        "pass the longest query",
-    )
-    check_device(q, query_start_loc=query_start_loc, seq_lens=seq_lens)
-    require(
-        0 <= first_request <= num_requests and 0 <= first_token <= q.shape[0],
+        0 <= first_request <= num_requests and 0 <= first_token <= num_tokens,
         "first_request, first_token",
-        f"within the {num_requests} requests and {q.shape[0]} tokens",
+        f"within the {num_requests} requests and {num_tokens} tokens",
         (first_request, first_token),
         "pass those that decode has served",
     )
-    num_tokens = q.shape[0]
-    if num_tokens == first_token or num_requests == first_request or not max_query_len:
-        return out
-    PrefillLauncher(args, config)(
-        args.pointers(),
-        query_start_loc,
-        seq_lens,
-        num_tokens,
-        first_request,
-        first_token,
-    )
-    return out
+    if num_tokens > first_token and num_requests > first_request:
+        PrefillLauncher(args, config)(
+            args.pointers(),
+            query_start_loc,
+            seq_lens,
+            num_tokens,
+            first_request,
+            first_token,
+        )
+    return args.out

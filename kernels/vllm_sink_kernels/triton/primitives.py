@@ -2,7 +2,15 @@
 
 Prefixes: ``p_`` pointer, ``b_`` block in registers, ``m_`` mask, ``i_`` index,
 ``o_`` offset. Scores live in base 2 (``exp2``), so scales carry log2(e).
+
+What belongs together is one argument: ``VARIANT`` is an ``arguments.Variant``, all that
+selects code; a tensor's strides but the last are a tuple; so is what a layer gives once
+(``Scores``, ``turn.Turn``, its policy). Absent is None. What changes from step to step
+stays an argument of its own: Triton specialises numbers within a tuple, whatever
+``do_not_specialize`` says, and would compile again.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -32,6 +40,41 @@ HEAD_COLUMN: tl.constexpr = tl.constexpr(7)  # which KV head it is
 HEAD_COLUMNS: tl.constexpr = tl.constexpr(8)
 
 
+class Scores(NamedTuple):
+    """How a layer makes weights of the products of queries and keys."""
+
+    scale: Any
+    soft_cap: Any  # or None
+    sink_logits_ptr: Any  # [HQ], or None
+    k_scale: Any  # of an fp8 cache; a number or a pointer to one, as Variant tells
+    v_scale: Any
+
+
+class Head(NamedTuple):
+    """A KV head: where its K and V begin, its block table and its policy."""
+
+    index: Any
+    p_k: Any
+    p_v: Any
+    p_table: Any  # int32 [R, stride_table]
+    stride_table: Any
+    num_sink_tokens: Any
+    window_size: Any
+
+
+class Keys(NamedTuple):
+    """The keys of a request in a KV head, and how its queries see them."""
+
+    p_table: Any  # the request's row
+    p_k: Any
+    p_v: Any
+    k_strides: Any  # block, slot
+    v_strides: Any
+    window_size: Any
+    score_scale: Any  # times log2(e), unless a soft cap follows
+    soft_cap: Any  # or None
+
+
 @triton.jit
 def load_scale(scale, IS_TENSOR: tl.constexpr):
     """An fp32 scale given by value or as a pointer to one element."""
@@ -42,98 +85,12 @@ def load_scale(scale, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
-def turn_angles(
-    p_row,  # [M] pointers to the rows of the positions
-    m_row,  # [M]
-    o_pair,  # [N] rotary pairs
-    m_pair,  # [N]
-    budget,
-    cs_ptr,
-    stride_cs,
-    num_cs_rows,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,  # N
-):
-    """cos, sin [M, N] of R(budget - 1) R(p)^-1; 1, 0 where masked."""
-    p_cos = p_row[:, None] + o_pair[None, :]
-    m = m_row[:, None] & m_pair[None, :]
-    b_cos = tl.load(p_cos, mask=m, other=1.0).to(tl.float32)
-    b_sin = tl.load(p_cos + HALF, mask=m, other=0.0).to(tl.float32)
-    # One row serves every query: all that turn, turn to the same position.
-    o_near = tl.zeros([BLOCK], dtype=tl.int32) + (budget - 1)
-    p_near = cs_ptr + o_near.to(tl.int64) * stride_cs + o_pair
-    m_near = m_pair & (o_near < num_cs_rows)
-    b_near_cos = tl.load(p_near, mask=m_near, other=1.0).to(tl.float32)[None, :]
-    b_near_sin = tl.load(p_near + HALF, mask=m_near, other=0.0).to(tl.float32)[None, :]
-    b_norm = b_cos * b_cos + b_sin * b_sin
-    return (
-        (b_near_cos * b_cos + b_near_sin * b_sin) / b_norm,
-        (b_near_sin * b_cos - b_near_cos * b_sin) / b_norm,
-    )
-
-
-@triton.jit
-def turn_query(
-    b_q,  # [M, BLOCK_D] fp32
-    p_q,  # [M] pointers to the rows of b_q
-    b_pos,  # [M] positions
-    m_row,  # [M] rows that exist
-    budget,  # S + W
-    cs_ptr,  # [P, ROT] rows of cos, sin
-    stride_cs,
-    num_cs_rows,
-    ROT: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Turn each row back to position ``budget - 1``, if it is past that.
-
-    R(near) R(p)^-1 from the model's own rows; dividing by ``cos^2 + sin^2`` of
-    row p inverts it exactly, so a magnitude factor cancels and so does the
-    rounding of the table. A position past the table gives NaN, never a read.
-    """
-    HALF: tl.constexpr = ROT // 2
-    o_d = tl.arange(0, BLOCK_D)
-    m_turn = m_row & (b_pos >= budget)
-    m_known = m_turn & (b_pos < num_cs_rows)
-    p_row = cs_ptr + b_pos.to(tl.int64) * stride_cs
-    if IS_NEOX:
-        b_cos, b_sin = turn_angles(
-            p_row,
-            m_known,
-            o_d % HALF,
-            o_d < ROT,
-            budget,
-            cs_ptr,
-            stride_cs,
-            num_cs_rows,
-            HALF,
-            BLOCK_D,
-        )
-        o_partner = (o_d + HALF) % ROT  # the compiler sees that this is contiguous
-        m_partner = m_known[:, None] & (o_d < ROT)[None, :]
-        b_partner = tl.load(p_q[:, None] + o_partner[None, :], mask=m_partner, other=0)
-        b_sign = tl.where(o_d < HALF, -1.0, 1.0)
-        b_turned = b_q * b_cos + b_partner.to(tl.float32) * b_sign[None, :] * b_sin
-    else:
-        o_pair = tl.arange(0, BLOCK_D // 2)
-        b_cos, b_sin = turn_angles(
-            p_row,
-            m_known,
-            o_pair,
-            o_pair < HALF,
-            budget,
-            cs_ptr,
-            stride_cs,
-            num_cs_rows,
-            HALF,
-            BLOCK_D // 2,
-        )
-        b_x, b_y = tl.split(tl.reshape(b_q, [b_q.shape[0], BLOCK_D // 2, 2]))
-        b_turned = tl.join(b_x * b_cos - b_y * b_sin, b_y * b_cos + b_x * b_sin)
-        b_turned = tl.reshape(b_turned, [b_q.shape[0], BLOCK_D])
-    b_turned = tl.where((b_pos < num_cs_rows)[:, None], b_turned, float("nan"))
-    return tl.where(m_turn[:, None] & (o_d < ROT)[None, :], b_turned, b_q)
+def score_scale(scores, VARIANT: tl.constexpr):
+    """What a product is multiplied by: a logarithm in base 2, unless it is capped."""
+    scale = scores.scale * load_scale(scores.k_scale, VARIANT.k_scale_tensor)
+    if scores.soft_cap is None:
+        scale = scale * LOG2E
+    return scale
 
 
 @triton.jit
@@ -147,32 +104,30 @@ def cap_scores(b_s, soft_cap):
 @triton.jit
 def load_head(
     i_row,
-    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], read if HEADS
-    k_ptr,  # [B, N, HKV, D]; if HEADS, any head's: its dtype counts
+    heads_ptr,  # int64 [HKV, HEAD_COLUMNS], or None: cache and policy are shared
+    k_ptr,  # [B, N, HKV, D]; with heads, any head's: its dtype counts
     v_ptr,
     block_table_ptr,  # int32 [R, max_blocks]
-    stride_kh,
-    stride_vh,
     stride_table,
-    num_sink_tokens,
-    window_size,
-    HEADS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,  # bytes that divide every address in the table
+    k_strides,  # block, slot, head
+    v_strides,
+    policy,  # S, W
+    VARIANT: tl.constexpr,
 ):
-    """A KV head: which, its K, V and block table, the table's stride, and S and W.
+    """A KV head, as ``Head``.
 
     A layer whose heads share cache, block table and policy passes them; one whose
     heads have their own passes their addresses, a row a head, in the order in which
     programs are to start.
     """
-    if HEADS:
+    if heads_ptr is not None:
         p_row = heads_ptr + i_row * HEAD_COLUMNS
         p_k = tl.load(p_row + K_COLUMN).to(k_ptr.dtype)
         p_v = tl.load(p_row + V_COLUMN).to(v_ptr.dtype)
-        p_k = tl.multiple_of(p_k, ALIGNMENT)
-        p_v = tl.multiple_of(p_v, ALIGNMENT)
+        p_k = tl.multiple_of(p_k, VARIANT.alignment)
+        p_v = tl.multiple_of(p_v, VARIANT.alignment)
         p_table = tl.load(p_row + TABLE_COLUMN).to(block_table_ptr.dtype)
-        return (
+        return Head(
             tl.load(p_row + HEAD_COLUMN).to(tl.int32),
             p_k,
             p_v,
@@ -182,14 +137,14 @@ def load_head(
             tl.load(p_row + WINDOW_COLUMN).to(tl.int32),
         )
     else:
-        return (
+        return Head(
             i_row,
-            k_ptr + i_row.to(tl.int64) * stride_kh,
-            v_ptr + i_row.to(tl.int64) * stride_vh,
+            k_ptr + i_row.to(tl.int64) * k_strides[2],
+            v_ptr + i_row.to(tl.int64) * v_strides[2],
             block_table_ptr,
             tl.cast(stride_table, tl.int64),
-            num_sink_tokens,
-            window_size,
+            policy[0],
+            policy[1],
         )
 
 
@@ -203,14 +158,9 @@ def attend_tile(
     i_key,  # first key of the tile
     i_low,  # keys before it are not loaded by WINDOW_MASK, the others have none
     i_end,  # keys from here on are not loaded
-    window_size,
-    cache,
-    scores,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    keys,  # Keys
+    VARIANT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """One step of the online softmax over keys ``i_key .. i_key + BLOCK_N``.
@@ -219,9 +169,10 @@ def attend_tile(
     where the maximum is subtracted, by the same multiply-add. So the scale must be
     positive (``checks`` asks for it).
     """
+    HEAD_SIZE: tl.constexpr = VARIANT.head_size
+    BLOCK_D: tl.constexpr = b_q.shape[1]
     b_acc, b_max, b_sum = state
-    _, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn = cache
-    score_scale, soft_cap = scores
+    scale = keys.score_scale
     o_d = tl.arange(0, BLOCK_D)
     o_n = i_key + tl.arange(0, BLOCK_N)
     m_d = (o_d < HEAD_SIZE)[None, :]
@@ -229,16 +180,17 @@ def attend_tile(
     if MASK == WINDOW_MASK:
         m_n = m_n & (o_n >= i_low)
     b_block = b_block.to(tl.uint32).to(tl.int64)  # never negative: cheaper to widen
-    o_k = (b_block * stride_kb + o_slot * stride_kn)[:, None] + o_d[None, :]
-    p_bk = p_k + o_k
+    o_k = b_block * keys.k_strides[0] + o_slot * keys.k_strides[1]
+    o_k = o_k[:, None] + o_d[None, :]
+    p_bk = keys.p_k + o_k
     # Addresses are a third of what a tile would compute, were those of V its own.
-    if LAYOUT == PACKED:
+    if VARIANT.layout == PACKED:
         p_bv = p_bk + HEAD_SIZE
-    elif LAYOUT == ALIKE:
-        p_bv = p_v + o_k
+    elif VARIANT.layout == ALIKE:
+        p_bv = keys.p_v + o_k
     else:
-        o_v = (b_block * stride_vb + o_slot * stride_vn)[:, None] + o_d[None, :]
-        p_bv = p_v + o_v
+        o_v = b_block * keys.v_strides[0] + o_slot * keys.v_strides[1]
+        p_bv = keys.p_v + (o_v[:, None] + o_d[None, :])
     if MASK != NO_MASK:
         b_k = tl.load(p_bk, mask=m_n[:, None] & m_d, other=0.0)
         b_v = tl.load(p_bv, mask=m_n[:, None] & m_d, other=0.0)
@@ -249,9 +201,9 @@ def attend_tile(
         b_k = tl.load(p_bk)
         b_v = tl.load(p_bv)
     b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision="ieee")
-    if SOFT_CAP:
-        b_s = cap_scores(b_s * score_scale, soft_cap)
-        score_scale = LOG2E
+    if keys.soft_cap is not None:
+        b_s = cap_scores(b_s * scale, keys.soft_cap)
+        scale = LOG2E
     if MASK == KEY_MASK:
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
     elif MASK == SINK_MASK:
@@ -259,14 +211,14 @@ def attend_tile(
         b_s = tl.where(m_s, b_s, float("-inf"))
     elif MASK == WINDOW_MASK:
         b_distance = b_pos[:, None] - o_n[None, :]
-        m_s = m_n[None, :] & (b_distance >= 0) & (b_distance < window_size)
+        m_s = m_n[None, :] & (b_distance >= 0) & (b_distance < keys.window_size)
         b_s = tl.where(m_s, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * score_scale)
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_base = b_new
     if MASK != NO_MASK:
         # A row that has seen nothing yet keeps -inf; subtract 0 to stay clear of NaN.
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s * score_scale - b_base[:, None])
+    b_p = tl.exp2(b_s * scale - b_base[:, None])
     b_alpha = tl.exp2(b_max - b_base)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     b_acc = b_acc * b_alpha[:, None]
@@ -275,7 +227,7 @@ def attend_tile(
 
 
 @triton.jit
-def find_request(
+def find_queries(
     query_start_ptr,
     first_request,
     num_requests,
@@ -283,13 +235,13 @@ def find_request(
     i_tile,
     TILE_Q: tl.constexpr,
 ):
-    """The request that owns query tile ``i_tile``, and its first token.
+    """Of query tile ``i_tile``: request, its first token and length, first query.
 
     Of the requests from ``first_request`` on, whose tokens begin at ``first_token``,
     request r owns the tiles from ``(start[r] - first_token) // TILE_Q + r -
     first_request`` on: room enough for its own, whatever precedes it, and strictly
     increasing even over empty requests, so a binary search finds it without a list
-    from the host.
+    from the host. A tile that nobody needs begins at or past its request's end.
     """
     i_low = first_request
     i_high = num_requests
@@ -302,7 +254,9 @@ def find_request(
             i_start = i_token
         else:
             i_high = i_mid
-    return i_low, i_start
+    query_len = tl.load(query_start_ptr + i_low + 1) - i_start
+    i_first = i_tile - ((i_start - first_token) // TILE_Q + i_low - first_request)
+    return i_low, i_start, query_len, i_first * TILE_Q
 
 
 @triton.jit
@@ -339,16 +293,10 @@ def attend_range(
     i_start,
     i_low,  # keys before it are not loaded by WINDOW_MASK, the others have none
     i_end,
-    window_size,
-    cache,  # the request's block table, K and V of the head, their strides
-    scores,  # scale (times log2(e) unless a soft cap follows), soft cap
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    keys,  # Keys
+    VARIANT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # i_start is a multiple of min(BLOCK_N, BLOCK_SIZE)
-    LAYOUT: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
+    ALIGNED: tl.constexpr,  # i_start is a multiple of min(BLOCK_N, block size)
     MASK: tl.constexpr,
 ):
     """The online softmax over keys ``i_start .. i_end - 1``, tile by tile.
@@ -364,15 +312,15 @@ def attend_range(
     K and V where they are used; so all stages go to K and V (tests/kernels_aot
     reads from the compiled loops how far ahead they are loaded).
     """
-    p_table = cache[0]
+    BLOCK_SIZE: tl.constexpr = VARIANT.block_size
     o_n = tl.arange(0, BLOCK_N)
     o_slot = o_n % BLOCK_SIZE
     b_block = load_block_ids(
-        p_table, i_start, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
+        keys.p_table, i_start, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
     )
     for i_key in range(i_start, i_end, BLOCK_N):
         b_next = load_block_ids(
-            p_table, i_key + BLOCK_N, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
+            keys.p_table, i_key + BLOCK_N, i_end, BLOCK_N, BLOCK_SIZE, ALIGNED, MASK
         )
         if ALIGNED and BLOCK_SIZE > BLOCK_N:
             o_slot = i_key % BLOCK_SIZE + o_n
@@ -387,14 +335,9 @@ def attend_range(
             i_key,
             i_low,
             i_end,
-            window_size,
-            cache,
-            scores,
-            HEAD_SIZE,
-            BLOCK_D,
+            keys,
+            VARIANT,
             BLOCK_N,
-            LAYOUT,
-            SOFT_CAP,
             MASK,
         )
         b_block = b_next

@@ -22,15 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sink_kernels.triton.arguments import AttentionArgs, Variant
+from vllm_sink_kernels.triton.arguments import AttentionArgs, Pointers, Variant
+from vllm_sink_kernels.triton.checks import pow2
 from vllm_sink_kernels.triton.launch_config import LaunchConfig
 from vllm_sink_kernels.triton.primitives import (
     LOG2E,
     SINK_MASK,
+    Keys,
     attend_range,
-    find_request,
-    turn_query,
+    find_queries,
 )
+from vllm_sink_kernels.triton.turn import turn_query
 
 ADD_SINKS = LaunchConfig(block_m=64, block_n=16, num_warps=4, num_stages=2)
 EVERY_KEY = 1 << 30
@@ -171,50 +173,34 @@ def add_sinks_kernel(
     block_table_ptr,  # int32 [R, max_blocks]
     query_start_ptr,  # int32 [R + 1]
     seq_lens_ptr,  # int32 [R]
-    cs_ptr,  # [P, ROT]
     lse_ptr,  # fp32 [HQ, T - first_token], natural
     out_ptr,  # [T, HQ, D], of the window; changed in place
-    scale,
+    q_strides,
+    k_strides,
+    v_strides,
+    stride_table,
+    stride_lse,
+    out_strides,
+    scores,  # Scores, of which the scale is read: there is no more
+    turn,  # Turn, or None: sinks stay where they are
+    policy,  # S, W
     first_request,
     first_token,
     num_requests,
-    num_sink_tokens,
-    window_size,
-    num_cs_rows,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_table,
-    stride_cs,
-    stride_lse,
-    stride_ot,
-    stride_oh,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROT: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    TURN: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    VARIANT: tl.constexpr,
     TILE_Q: tl.constexpr,  # query tokens a tile
     BLOCK_M: tl.constexpr,  # its rows, at least TILE_Q * GROUP
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Grid (query tiles, HKV), as ``sink_prefill_kernel`` has it."""
+    GROUP: tl.constexpr = VARIANT.group
+    num_sink_tokens, window_size = policy
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1)
-    i_r, i_start = find_request(
+    i_r, i_start, query_len, i_first = find_queries(
         query_start_ptr, first_request, num_requests, first_token, i_tile, TILE_Q
     )
-    query_len = tl.load(query_start_ptr + i_r + 1) - i_start
-    i_first = i_tile - ((i_start - first_token) // TILE_Q + i_r - first_request)
-    i_first = i_first * TILE_Q
     num_computed = tl.load(seq_lens_ptr + i_r) - query_len
     last = num_computed + tl.minimum(i_first + TILE_Q, query_len) - 1
     if i_first >= query_len or last < window_size:
@@ -224,31 +210,29 @@ def add_sinks_kernel(
     o_q = i_first + o_m // GROUP  # query of the row, within the request
     o_h = i_h * GROUP + o_m % GROUP
     m_m = (o_m < TILE_Q * GROUP) & (o_q < query_len)
-    m_md = m_m[:, None] & (o_d < HEAD_SIZE)[None, :]
+    m_md = m_m[:, None] & (o_d < VARIANT.head_size)[None, :]
     b_pos = num_computed + o_q
     o_t = (i_start + o_q).to(tl.int64)
-    p_q = q_ptr + o_t * stride_qt + o_h * stride_qh
-    p_o = (out_ptr + o_t * stride_ot + o_h * stride_oh)[:, None] + o_d[None, :]
-    p_table = block_table_ptr + tl.cast(i_r, tl.int64) * stride_table
-    p_k = k_ptr + i_h.to(tl.int64) * stride_kh
-    p_v = v_ptr + i_h.to(tl.int64) * stride_vh
-    cache = (p_table, p_k, p_v, stride_kb, stride_kn, stride_vb, stride_vn)
+    p_q = q_ptr + o_t * q_strides[0] + o_h * q_strides[1]
+    p_o = out_ptr + o_t * out_strides[0] + o_h * out_strides[1]
+    p_o = p_o[:, None] + o_d[None, :]
+    keys = Keys(
+        block_table_ptr + tl.cast(i_r, tl.int64) * stride_table,
+        k_ptr + i_h.to(tl.int64) * k_strides[2],
+        v_ptr + i_h.to(tl.int64) * v_strides[2],
+        k_strides,
+        v_strides,
+        window_size,
+        scores.scale * LOG2E,
+        None,
+    )
 
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
-    if TURN:
-        b_q = turn_query(
-            b_q.to(tl.float32),
-            p_q,
-            b_pos,
-            m_m,
-            num_sink_tokens + window_size,
-            cs_ptr,
-            stride_cs,
-            num_cs_rows,
-            ROT,
-            IS_NEOX,
-            BLOCK_D,
-        ).to(b_q.dtype)
+    if turn is not None:
+        budget = num_sink_tokens + window_size
+        b_turned = b_q.to(tl.float32)
+        b_turned = turn_query(b_turned, p_q, b_pos, m_m, budget, turn, VARIANT)
+        b_q = b_turned.to(b_q.dtype)
     # The window's part is a state of the online softmax whose weights sum to 1.
     p_lse = lse_ptr + o_h.to(tl.int64) * stride_lse + (o_t - first_token)
     b_max = tl.load(p_lse, mask=m_m, other=0.0) * LOG2E
@@ -261,15 +245,9 @@ def add_sinks_kernel(
         0,
         0,
         tl.minimum(num_sink_tokens, last - window_size + 1),
-        window_size,
-        cache,
-        (scale * LOG2E, 0.0),
-        HEAD_SIZE,
-        BLOCK_D,
+        keys,
+        VARIANT,
         BLOCK_N,
-        BLOCK_SIZE,
-        False,
-        LAYOUT,
         False,
         SINK_MASK,
     )
@@ -280,11 +258,12 @@ def add_sinks_kernel(
 def kernel_constants(variant: Variant, config: LaunchConfig) -> dict[str, Any]:
     """The compile-time arguments of ``add_sinks_kernel``."""
     block_m = max(config.block_m, int(triton.next_power_of_2(variant.group)))
-    names = "GROUP HEAD_SIZE BLOCK_SIZE ROT IS_NEOX TURN LAYOUT BLOCK_D BLOCK_N"
-    constants = variant.constants(config)
-    return {name: constants[name] for name in names.split()} | {
+    return {
+        "VARIANT": variant,
         "TILE_Q": block_m // variant.group,
         "BLOCK_M": block_m,
+        "BLOCK_D": pow2(variant.head_size),
+        "BLOCK_N": config.block_n,
     }
 
 
@@ -310,9 +289,8 @@ class WindowPrefill:
         self.window_size = args.window_size
         self.block_size = variant.block_size
         self.num_kv_heads, self.tile_q = args.num_kv_heads, constants["TILE_Q"]
-        unused = ("sink_logits_ptr", "k_scale", "v_scale", "soft_cap")
         self.fixed = {
-            **{k: v for k, v in args.fixed().items() if k not in unused},
+            **args.fixed(),
             **constants,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -329,7 +307,7 @@ class WindowPrefill:
 
     def __call__(
         self,
-        pointers: dict[str, torch.Tensor],
+        pointers: Pointers,
         view: WindowView,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
