@@ -7,7 +7,9 @@ What belongs together is one argument: ``VARIANT`` is an ``arguments.Variant``, 
 selects code; a tensor's strides but the last are a tuple; so is what a layer gives once
 (``Scores``, ``turn.Turn``, its policy). Absent is None. What changes from step to step
 stays an argument of its own: Triton specialises numbers within a tuple, whatever
-``do_not_specialize`` says, and would compile again.
+``do_not_specialize`` says, and would compile again. Where Triton wants a constant (a
+shape, an argument of its own functions), a field of ``VARIANT`` is given a name as one
+first: in Triton 3.6 it is a plain number.
 """
 
 from typing import Any, NamedTuple
@@ -120,12 +122,13 @@ def load_head(
     heads have their own passes their addresses, a row a head, in the order in which
     programs are to start.
     """
+    ALIGNMENT: tl.constexpr = VARIANT.alignment
     if heads_ptr is not None:
         p_row = heads_ptr + i_row * HEAD_COLUMNS
         p_k = tl.load(p_row + K_COLUMN).to(k_ptr.dtype)
         p_v = tl.load(p_row + V_COLUMN).to(v_ptr.dtype)
-        p_k = tl.multiple_of(p_k, VARIANT.alignment)
-        p_v = tl.multiple_of(p_v, VARIANT.alignment)
+        p_k = tl.multiple_of(p_k, ALIGNMENT)
+        p_v = tl.multiple_of(p_v, ALIGNMENT)
         p_table = tl.load(p_row + TABLE_COLUMN).to(block_table_ptr.dtype)
         return Head(
             tl.load(p_row + HEAD_COLUMN).to(tl.int32),
