@@ -8,14 +8,20 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request
 
 from tests.helpers.block_managers import full_spec, manager_of_specs, sink_spec
+from vllm_sink.cache.block_manager import SinkManager
+from vllm_sink.cache.spec import OwnWindowSpec
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start.groups import look_up_first_what_keeps_most
 
 BLOCK = 128
 CHUNK = 512
@@ -30,19 +36,39 @@ def manager_of(kind: str, policy: tuple[int, int], **config) -> KVCacheManager:
     sink = sink_spec(RetentionPolicy(*policy), BLOCK)
     windowed = sink_spec(RetentionPolicy(policy[0], 2 * policy[1]), BLOCK)
     full = full_spec(BLOCK)
+    own = OwnWindowSpec(
+        block_size=BLOCK,
+        num_kv_heads=1,
+        head_size=16,
+        dtype=torch.float32,
+        sliding_window=4 * BLOCK,
+    )
+    state = MambaSpec(
+        block_size=BLOCK,
+        shapes=((16,),),
+        dtypes=(torch.float32,),
+        mamba_cache_mode="all",
+    )
     specs = {
         "stock": [full],
         "plain": [sink],
         "heads": [sink, full],
         "heads, windowed": [sink, windowed],
+        "stock, window first": [own, full],
+        "window first": [own, sink],
+        "heads, window first": [own, sink, full],
+        "stock, state first": [state, full],
+        "state first": [state, sink],
     }[kind]
-    return manager_of_specs(
+    manager = manager_of_specs(
         specs,
         num_blocks=4000,
         max_model_len=100_000,
         max_in_flight_tokens=2 * CHUNK,
         **config,
     )
+    look_up_first_what_keeps_most(manager.coordinator)  # as every start does
+    return manager
 
 
 class Server:
@@ -59,6 +85,7 @@ class Server:
     def serve(self, prompt: list[int], answer: list[int]) -> int:
         """Tokens found in the cache."""
         self.served += 1
+        self.manager.new_step_starts()
         request = Request(
             str(self.served),
             prompt,
@@ -128,6 +155,37 @@ def test_with_room_a_prompt_hits_what_stock_would(kind, case, policy, hits):
     for interval in (0, None):
         config = dict(prefix_cache_retention_interval=interval)
         assert case(kind, policy, **config) == hits, f"interval {interval}"
+
+
+@pytest.mark.parametrize("boundary", [3 * BLOCK, 20 * BLOCK + 5, 40 * BLOCK])
+def test_an_interval_longer_than_any_request_is_what_vllm_means_by_0(boundary):
+    """A given 0 can't be told from vLLM's default, which means something else here."""
+    spec = sink_spec(RetentionPolicy(4, 252), BLOCK)
+
+    def kept(manager: type, interval: int) -> list[bool]:
+        arguments = (0, 40, BLOCK, spec, False, interval, [boundary])
+        mask = manager.reachable_block_mask(*arguments)
+        assert mask is not None
+        return mask
+
+    ends = kept(SlidingWindowManager, 0)
+    assert 0 < sum(ends) < 40
+    assert kept(SinkManager, 1000 * BLOCK) == [True, *ends[1:]]
+
+
+FIRST = ["window first", "heads, window first", "state first"]
+
+
+@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize("case, policy", [(case, policy) for case, policy, _ in CASES])
+def test_behind_layers_of_another_kind_a_prompt_hits_what_stock_would(
+    kind, case, policy
+):
+    """Layers that keep ends of prompts alone: stock learns what prompts share."""
+    stock = "stock, " + kind.split(", ")[-1]
+    assert case(kind, policy) == case(stock, policy)
+    if case is shared_start:
+        assert case(kind, policy) == [0, 1408, 1408]
 
 
 @pytest.mark.parametrize("kind", ["stock", "plain", "heads", "heads, windowed"])

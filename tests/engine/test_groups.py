@@ -51,6 +51,14 @@ def test_what_is_right():
     check_groups(engine_core(("a", extra, 0)))
 
 
+def test_the_start_orders_the_lookup():
+    core = engine_core(("c", OWN, 2))
+    groups = core.scheduler.kv_cache_manager.coordinator.attention_groups
+    groups.reverse()
+    check_groups(core)
+    assert [group.spec for group in groups] == [RETRIEVAL, SINK, OWN]
+
+
 @pytest.mark.parametrize(
     "spec, group, message",
     [

@@ -311,7 +311,9 @@ class SinkManager(CountedBlocks, OrderedBlocks, SlidingWindowManager):
         vLLM's default, 0, would cache the tail of each prompt and nothing else of
         it: what is said in answer would be computed anew at the next turn. It is
         made for windows beside full attention, which learn the prefixes that
-        prompts share from those layers. None means dense in vLLM, too.
+        prompts share from those layers. None means dense in vLLM, too. Nothing in
+        vLLM's configuration tells a 0 that a user gives from the default: for vLLM's
+        meaning of 0 give an interval that is longer than any request.
         """
         assert isinstance(kv_cache_spec, SinkSpec), type(kv_cache_spec)
         if not retention_interval:
