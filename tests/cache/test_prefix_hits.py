@@ -47,7 +47,7 @@ def manager_of(kind: str, policy: tuple[int, int], **config) -> KVCacheManager:
         block_size=BLOCK,
         shapes=((16,),),
         dtypes=(torch.float32,),
-        mamba_cache_mode="all",
+        mamba_cache_mode="align",  # a state at the end of a chunk, if blocks end there
     )
     specs = {
         "stock": [full],
@@ -78,8 +78,8 @@ class Server:
         self.manager = manager
         self.chunk = chunk
         init_none_hash(sha256)
-        size = manager.block_pool.hash_block_size
-        self.hasher = get_request_block_hasher(size, sha256)
+        self.block_size = manager.block_pool.hash_block_size
+        self.hasher = get_request_block_hasher(self.block_size, sha256)
         self.served = 0
 
     def serve(self, prompt: list[int], answer: list[int]) -> int:
@@ -97,7 +97,10 @@ class Server:
         request.shared_prefix_boundary = boundary
         while request.num_computed_tokens < len(prompt):
             start = request.num_computed_tokens or hit
-            count = min(self.chunk, len(prompt) - start)
+            last = (len(prompt) - 1) // self.block_size * self.block_size
+            # As vLLM's scheduler cuts the chunks of models with states.
+            stops = [start + self.chunk, boundary, last, len(prompt)]
+            count = min(stop for stop in stops if stop > start) - start
             is_first = request.num_computed_tokens == 0
             assert self.manager.allocate_slots(
                 request,
