@@ -46,6 +46,7 @@ from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.start.groups import settle_order
 
 ENGINES = ("stock", "retention 0", "lru", "sink")
 POOLS = (1, 2, 4, 8, 16, 32, 50)  # GiB
@@ -188,6 +189,7 @@ def make_manager(engine: str, pool_gib: float) -> KVCacheManager:
         max_in_flight_tokens=CHUNK,
     )
     blocks = manager.coordinator.single_type_managers[0]
+    settle_order(manager.coordinator)
     if engine in ("retention 0", "lru"):
         assert isinstance(blocks, SinkManager)
         blocks.order = AnyOrder()

@@ -9,8 +9,10 @@ from vllm.v1.core.block_pool import BlockPool
 
 from tests.cache.test_prefix_hits import Server, text
 from tests.helpers.block_managers import full_spec, manager_of_specs, sink_spec
+from vllm_sink.cache import free_order
 from vllm_sink.cache.free_order import FreeOrder
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start.groups import settle_order
 
 BLOCK = 16
 POLICY = RetentionPolicy(4, 4 * BLOCK)  # a turn's tail: the sinks' block and 5 more
@@ -172,12 +174,60 @@ def test_another_pools_order_is_its_own():
 
 def test_the_tables_forget_what_was_reused():
     server = small_server(40)
+    settle_order(server.manager.coordinator)
     rng = random.Random(0)
     for seed in range(200):
         start = text(1000 + seed // 4, 3 * BLOCK)
         server.serve(start + text(seed, rng.randrange(20, 500)), text(seed, 30))
     order = FreeOrder.of(server.manager.block_pool)
     blocks = server.manager.block_pool.blocks
-    for table in (order.ends, order.rounds):
+    assert order.long
+    for table in (order.ends, order.rounds, order.long):
         for block_id, (block_hash, _) in table.items():
             assert blocks[block_id].block_hash == block_hash
+
+
+def test_a_long_history_outlives_younger_short_ones():
+    """A tail that saves 2, 4, 8 … times what it takes goes 1, 2, 3 … rounds later."""
+
+    def survives(blocks: int, others: int) -> bool:
+        server = small_server(40)
+        order = FreeOrder.of(server.manager.block_pool)
+        settle_order(server.manager.coordinator)
+        server.serve(text(0, blocks * BLOCK), [])
+        serve_others(server, others)
+        hit = server.serve(text(0, blocks * BLOCK) + text(1, 9), [])
+        settle_order(server.manager.coordinator)  # may be told again
+        assert order.weighs_tails
+        return hit == blocks * BLOCK
+
+    # Each holds 6 blocks, so 12 to 23 are worth a round: the time of 5 others.
+    assert survives(11, 5) and not survives(11, 6)
+    assert survives(12, 10) and not survives(12, 11)
+    assert survives(23, 10) and not survives(23, 11)
+    assert survives(24, 15) and not survives(24, 16)
+
+
+def test_beside_other_groups_all_tails_age_alike():
+    """What a hit needs of another group would go by age alone."""
+    server = small_server(90, heads=True)
+    settle_order(server.manager.coordinator)
+    order = FreeOrder.of(server.manager.block_pool)
+    server.serve(text(0, 30 * BLOCK), [])
+    assert not order.weighs_tails and not order.long
+
+
+def test_a_step_spares_so_many_blocks_and_no_more(monkeypatch):
+    """Where all are to be spared the eldest goes, its last block first."""
+    monkeypatch.setattr(free_order, "MOST_SPARED", 3)
+    server = small_server(18)
+    settle_order(server.manager.coordinator)
+    for seed in range(3):
+        server.serve(text(seed, 12 * BLOCK), [])  # 6 blocks each stay
+    queue = server.manager.block_pool.free_block_queue
+    before = queue.get_all_free_blocks()
+    blank = [block for block in before if block.block_hash is None]
+    tails = before[len(blank) :]
+    FreeOrder.of(server.manager.block_pool).make_way(len(blank) + 2)
+    after = queue.get_all_free_blocks()
+    assert after == tails[:2] + blank + tails[3:] + tails[2:3]

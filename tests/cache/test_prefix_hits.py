@@ -13,7 +13,10 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    MambaManager,
+    SlidingWindowManager,
+)
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request
 
@@ -21,7 +24,7 @@ from tests.helpers.block_managers import full_spec, manager_of_specs, sink_spec
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.cache.spec import OwnWindowSpec
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.start.groups import look_up_first_what_keeps_most
+from vllm_sink.start.groups import settle_order
 
 BLOCK = 128
 CHUNK = 512
@@ -67,7 +70,7 @@ def manager_of(kind: str, policy: tuple[int, int], **config) -> KVCacheManager:
         max_in_flight_tokens=2 * CHUNK,
         **config,
     )
-    look_up_first_what_keeps_most(manager.coordinator)  # as every start does
+    settle_order(manager.coordinator)  # as every start does
     return manager
 
 
@@ -80,6 +83,8 @@ class Server:
         init_none_hash(sha256)
         self.block_size = manager.block_pool.hash_block_size
         self.hasher = get_request_block_hasher(self.block_size, sha256)
+        managers = manager.coordinator.single_type_managers
+        self.has_states = any(isinstance(each, MambaManager) for each in managers)
         self.served = 0
 
     def serve(self, prompt: list[int], answer: list[int]) -> int:
@@ -97,9 +102,10 @@ class Server:
         request.shared_prefix_boundary = boundary
         while request.num_computed_tokens < len(prompt):
             start = request.num_computed_tokens or hit
-            last = (len(prompt) - 1) // self.block_size * self.block_size
-            # As vLLM's scheduler cuts the chunks of models with states.
-            stops = [start + self.chunk, boundary, last, len(prompt)]
+            stops = [start + self.chunk, len(prompt)]
+            if self.has_states:  # vLLM's scheduler ends chunks where they are kept
+                last = (len(prompt) - 1) // self.block_size * self.block_size
+                stops += [boundary, last]
             count = min(stop for stop in stops if stop > start) - start
             is_first = request.num_computed_tokens == 0
             assert self.manager.allocate_slots(

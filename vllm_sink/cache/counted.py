@@ -128,6 +128,7 @@ class OrderedBlocks(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         row = super().pop_blocks_for_free(request_id)
+        self.order.leave(row)
         retries = self.retries.pop(request_id, [])
         for block in reversed(row):
             if block.block_hash is not None:

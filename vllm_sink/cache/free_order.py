@@ -15,10 +15,17 @@ idle chats. So just before blocks are taken, those of least worth go to the fron
   behind a tail stand the sinks without which it is useless: no orphan tails. To a tail
   belong its *retries*: the part of the gap that the same prompt, sent anew or with
   another last message, would hit. Once the chat goes on they are gap.
+- *long*: a tail saves its whole history, and takes a window of it. One that saves 2, 4,
+  8 … times what it takes goes to the queue's end 1, 2, 3 … times when its time has
+  come: a *round* each. This is GreedyDual (Young, The k-server dual and loose
+  competitiveness for paging, 1994), which evicts by cost and size beside age, in
+  powers of two.
 - *shared*: a block that requests took up in the midst of another's row gets one more
-  *round* for each: it goes to the queue's end when its time has come. A round is paid
-  by the hit that gave it, so the work is O(1) a block that is freed, hit or taken.
-  Rounds end, so what nobody shares any more ages like the rest.
+  round for each.
+
+A round is paid by the hit or the end that gave it, so the work is O(1) a block that is
+freed, hit or taken. Rounds end, so what nobody shares or wants any more ages like the
+rest.
 
 Only public methods of vLLM's queue are used. What others take or free follows vLLM's
 own order and need not be told here: an entry counts only while its block is free with
@@ -35,7 +42,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 Cached = tuple[int, BlockHashWithGroupId]  # a block's id and the hash that it had
+Counts = dict[int, tuple[BlockHashWithGroupId, int]]  # by block id
 MOST_ROUNDS = 3  # of a shared block, however often it is hit
+MOST_SPARED = 4096  # blocks sent round at once: some milliseconds of a step
 
 
 class FreeOrder:
@@ -46,7 +55,11 @@ class FreeOrder:
     Attributes:
         gap: In the order in which they left a window.
         ends: Where a chat stopped, and the retries that are gap when it goes on.
-        rounds: How often a block is still spared.
+        rounds: How often a block is still spared because it is shared.
+        long: How often because of the history behind it.
+        weighs_tails: Whether tails of long histories are spared. The start says so
+            where the pool has one group of layers: elsewhere a chat's blocks of
+            other groups, which its next hit needs as well, would go by age.
     """
 
     # id of a pool -> its order, which the managers of the pool's groups hold.
@@ -56,7 +69,9 @@ class FreeOrder:
         self.pool = pool
         self.gap: dict[int, BlockHashWithGroupId] = {}
         self.ends: dict[int, tuple[BlockHashWithGroupId, list[Cached]]] = {}
-        self.rounds: dict[int, tuple[BlockHashWithGroupId, int]] = {}
+        self.rounds: Counts = {}
+        self.long: Counts = {}
+        self.weighs_tails = False
 
     @classmethod
     def of(cls, pool: BlockPool) -> FreeOrder:
@@ -75,6 +90,19 @@ class FreeOrder:
         """A chat stops behind this block, with a prompt's end or an answer's."""
         if block.block_hash is not None:
             self.ends[block.block_id] = block.block_hash, retries
+
+    def leave(self, row: Sequence[KVCacheBlock]) -> None:
+        """A request is about to free its row, which may have a null gap."""
+        if not self.weighs_tails:
+            return
+        held = [block for block in row if not block.is_null]
+        times = len(row) // max(len(held), 1)  # what a hit saves, of what it takes
+        if (count := times.bit_length() - 1) < 1:
+            return
+        for block in held:
+            if block.block_hash is not None:
+                count_now = max(count, _count_of(self.long, block))
+                self.long[block.block_id] = block.block_hash, count_now
 
     def take_up(self, hit: Sequence[KVCacheBlock]) -> None:
         """A request is about to hold the cached blocks of a hit.
@@ -101,9 +129,8 @@ class FreeOrder:
                     self.add_gap(block)
 
     def rounds_of(self, block: KVCacheBlock) -> int:
-        """How often a free block is still spared."""
-        block_hash, count = self.rounds.get(block.block_id, (None, 0))
-        return count if block_hash == block.block_hash else 0
+        """How often a shared block is still spared."""
+        return _count_of(self.rounds, block)
 
     def make_way(self, count: int) -> None:
         """Put the ``count`` free blocks of least worth in front of the queue."""
@@ -119,7 +146,7 @@ class FreeOrder:
         chosen = self._choose(count)
         for block in chosen:
             queue.remove(block)
-        self._spare_shared(last_blank, count - len(chosen))
+        chosen += self._spare(last_blank, count - len(chosen))
         queue.prepend_n(chosen)
 
     def forget(self, taken: Sequence[KVCacheBlock]) -> None:
@@ -127,6 +154,7 @@ class FreeOrder:
         for block in taken:
             self.ends.pop(block.block_id, None)
             self.rounds.pop(block.block_id, None)
+            self.long.pop(block.block_id, None)
 
     def _choose(self, count: int) -> list[KVCacheBlock]:
         """At most ``count`` blocks of gaps, those of least worth first."""
@@ -138,16 +166,40 @@ class FreeOrder:
                 chosen.append(block)
         return chosen
 
-    def _spare_shared(self, cursor: KVCacheBlock | None, count: int) -> None:
-        """Send shared blocks round until ``count`` others follow ``cursor``."""
+    def _spare(self, cursor: KVCacheBlock | None, count: int) -> list[KVCacheBlock]:
+        """Send blocks round until ``count`` others follow ``cursor``.
+
+        Returns:
+            Blocks that are no longer in the queue and go all the same, instead of
+            others: too many were spared, and these stood in front of them.
+        """
         queue = self.pool.free_block_queue
+        spared: list[KVCacheBlock] = []
         while count:
+            if len(spared) >= MOST_SPARED:
+                for block in spared[:count]:
+                    queue.remove(block)
+                return spared[:count]
             block = next(queue.iter_blocks_after(cursor))
-            if rounds := self.rounds_of(block):
-                assert block.block_hash is not None
-                self.rounds[block.block_id] = block.block_hash, rounds - 1
-                queue.remove(block)
-                queue.append(block)
-            else:
+            if not self._takes_round(block):
                 cursor = block
                 count -= 1
+                continue
+            queue.remove(block)
+            queue.append(block)
+            spared.append(block)
+        return []
+
+    def _takes_round(self, block: KVCacheBlock) -> bool:
+        for table in (self.rounds, self.long):
+            if count := _count_of(table, block):
+                assert block.block_hash is not None
+                table[block.block_id] = block.block_hash, count - 1
+                return True
+        return False
+
+
+def _count_of(table: Counts, block: KVCacheBlock) -> int:
+    """What a table holds of a block, if it still is the one that is meant."""
+    block_hash, count = table.get(block.block_id, (None, 0))
+    return count if block_hash == block.block_hash else 0

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sink.cache.block_manager import SinkManager
 from vllm_sink.cache.counted import RetrievalManager
+from vllm_sink.cache.free_order import FreeOrder
 from vllm_sink.cache.spec import RetrievalSpec, SinkSpec
 from vllm_sink.start.checks import DROP, FLAG, is_selected, must_reach
 from vllm_sink.start.loaded import layer_specs
@@ -32,7 +33,7 @@ Placed = tuple[str, Any, int | None]
 def check_groups(engine_core: Any) -> None:
     """Refuse an engine whose groups don't obey the policy; else log the policy.
 
-    What obeys it is looked up in the order that lets vLLM learn shared prefixes.
+    What obeys it is told what only all groups together show.
 
     Raises:
         ValueError: Names the layer and its manager, or the model whose groups are
@@ -61,30 +62,37 @@ def check_groups(engine_core: Any) -> None:
         engine_core.vllm_config.model_config.model,
         f"whose KV cache groups are all vLLM's own ({', '.join(kinds) or 'none'})",
     )
-    look_up_first_what_keeps_most(coordinator)
+    settle_order(coordinator)
     log_policy(engine_core.vllm_config, managers)
 
 
-def look_up_first_what_keeps_most(coordinator: Any) -> None:
-    """Order in which vLLM looks a prompt up in several groups of layers; idempotent.
+def settle_order(coordinator: Any) -> None:
+    """What only the whole of the groups tells of their managers' work; idempotent.
 
-    vLLM (0.32 and 0.33) asks each group for no more than the one before it has found,
-    and where the first has more than the last it learns a prefix that prompts share
-    (``shared_prefix_boundary``). It puts full attention first. Layers under the
-    policy, of another class, would stay behind a window or a state that comes first
-    in the model (Gemma 3, Mamba): those know ends of prompts alone, so nothing would
-    ever be learned. The hit itself is the same in any order.
+    **In which order vLLM looks a prompt up.** vLLM (0.32 and 0.33) asks each group for
+    no more than the one before it has found, and where the first has more than the
+    last it learns a prefix that prompts share (``shared_prefix_boundary``). It puts
+    full attention first. Layers under the policy, of another class, would stay behind
+    a window or a state that comes first in the model (Gemma 3, Mamba): those know ends
+    of prompts alone, so nothing would ever be learned. The hit itself is the same in
+    any order.
+
+    **Whether long histories count** in the order of free blocks: see
+    :attr:`vllm_sink.cache.free_order.FreeOrder.weighs_tails`.
 
     Args:
-        coordinator: vLLM's; one of a single group has nothing to order.
+        coordinator: vLLM's, of the block managers.
     """
-    # In place: our KV connector looks up with the same list.
+    # A coordinator of one group has no such list. In place: our KV connector looks
+    # up with the same list.
     getattr(coordinator, "attention_groups", []).sort(
         key=lambda group: (
             not isinstance(group.spec, FullAttentionSpec),
             not isinstance(group.spec, SinkSpec),
         )
     )
+    order = FreeOrder.of(coordinator.block_pool)
+    order.weighs_tails = len(coordinator.single_type_managers) == 1
 
 
 def placed_layers(worker: Any) -> list[Placed]:
