@@ -192,20 +192,18 @@ def test_a_long_history_outlives_younger_short_ones():
 
     def survives(blocks: int, others: int) -> bool:
         server = small_server(40)
-        order = FreeOrder.of(server.manager.block_pool)
         settle_order(server.manager.coordinator)
-        server.serve(text(0, blocks * BLOCK), [])
+        said, answer = text(0, blocks * BLOCK - 9), text(1, 9)
+        server.serve(said, answer)
         serve_others(server, others)
-        hit = server.serve(text(0, blocks * BLOCK) + text(1, 9), [])
-        settle_order(server.manager.coordinator)  # may be told again
-        assert order.weighs_tails
+        hit = server.serve(said + answer + text(2, 9), [])
         return hit == blocks * BLOCK
 
-    # Each holds 6 blocks, so 12 to 23 are worth a round: the time of 5 others.
-    assert survives(11, 5) and not survives(11, 6)
-    assert survives(12, 10) and not survives(12, 11)
-    assert survives(23, 10) and not survives(23, 11)
-    assert survives(24, 15) and not survives(24, 16)
+    # Each holds 5 blocks, so 10 to 19 are worth a round: the time of 5 others.
+    assert survives(9, 5) and not survives(9, 6)
+    assert survives(10, 10) and not survives(10, 11)
+    assert survives(19, 10) and not survives(19, 11)
+    assert survives(20, 15) and not survives(20, 16)
 
 
 def test_beside_other_groups_all_tails_age_alike():
@@ -220,14 +218,14 @@ def test_beside_other_groups_all_tails_age_alike():
 def test_a_step_spares_so_many_blocks_and_no_more(monkeypatch):
     """Where all are to be spared the eldest goes, its last block first."""
     monkeypatch.setattr(free_order, "MOST_SPARED", 3)
-    server = small_server(18)
-    settle_order(server.manager.coordinator)
-    for seed in range(3):
-        server.serve(text(seed, 12 * BLOCK), [])  # 6 blocks each stay
-    queue = server.manager.block_pool.free_block_queue
-    before = queue.get_all_free_blocks()
+    server = small_server(30)
+    serve_others(server, 4)
+    pool = server.manager.block_pool
+    before = pool.free_block_queue.get_all_free_blocks()
     blank = [block for block in before if block.block_hash is None]
     tails = before[len(blank) :]
-    FreeOrder.of(server.manager.block_pool).make_way(len(blank) + 2)
-    after = queue.get_all_free_blocks()
+    order = FreeOrder.of(pool)
+    order.long = {each.block_id: (each.block_hash, 1) for each in tails}
+    order.make_way(len(blank) + 2)
+    after = pool.free_block_queue.get_all_free_blocks()
     assert after == tails[:2] + blank + tails[3:] + tails[2:3]
