@@ -94,6 +94,11 @@ class Turn:
     request: Request | None = None
     admitted: int = 0
 
+    @property
+    def blocks(self) -> int:
+        """Of a pool that keeps all of it."""
+        return -(-(self.prompt + self.answer) // BLOCK_SIZE)
+
 
 @dataclass
 class Chat:
@@ -236,8 +241,7 @@ class Day:
         turn = next(self.turns[chat.number], None)
         if turn is None:
             return
-        blocks = -(-(turn.prompt + turn.answer) // BLOCK_SIZE)
-        if not self.bounded and blocks > self.num_blocks:
+        if not self.bounded and turn.blocks > self.num_blocks:
             self.refused += 1
             self.post(self.now + think_time(chat.rng), chat)
             return
@@ -337,14 +341,14 @@ def optimum(turn: Turn) -> int:
     return turn.known - hit
 
 
-def summary(engine: str, pool: float, day: Day, paired: set[tuple[int, int]]) -> dict:
-    """Means over the turns served; ``*_paired`` over those that ``paired`` names."""
+def summary(engine: str, pool: float, day: Day) -> dict:
+    """Means over the turns served; ``*_paired`` over those that stock serves, too."""
 
     def mean(of: Callable[[Turn], float], turns: Iterable[Turn]) -> float:
         return round(statistics.mean(map(of, turns)), 1)
 
     turns = list(day.served.values())
-    both = [turn for key, turn in day.served.items() if key in paired] or turns
+    both = [turn for turn in turns if turn.blocks <= day.num_blocks]
     return {
         "engine": engine,
         "pool_gib": f"{pool:g}",
@@ -381,23 +385,28 @@ def main() -> None:
         "vllm": vllm.__version__,
         "commit": common.commit(),
     }
-    writer = None
-    with (common.RESULTS / "chats.csv").open("w", newline="") as file:
-        for pool in args.pools:
-            served_by_stock: set[tuple[int, int]] = set()
-            for engine in args.engines:
-                start = time.monotonic()
-                day = Day(engine, pool, args.chats)
-                day.run()
-                if engine == "stock":
-                    served_by_stock = set(day.served)
-                row = summary(engine, pool, day, served_by_stock)
-                if writer is None:
-                    writer = csv.DictWriter(file, [*row, *where], lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(row | where)
-                file.flush()
-                print(*row.values(), f"{time.monotonic() - start:.0f} s", flush=True)
+    path = common.RESULTS / "chats.csv"
+    rows: dict[tuple[str, str], dict] = {}
+    if path.exists():  # what runs replaces its row, the others stay
+        with path.open(newline="") as file:
+            rows = {
+                (row["engine"], row["pool_gib"]): row for row in csv.DictReader(file)
+            }
+    for pool in args.pools:
+        for engine in args.engines:
+            start = time.monotonic()
+            day = Day(engine, pool, args.chats)
+            day.run()
+            row = summary(engine, pool, day)
+            print(*row.values(), f"{time.monotonic() - start:.0f} s", flush=True)
+            rows[engine, row["pool_gib"]] = row | where
+            in_order = sorted(
+                rows, key=lambda key: (float(key[1]), ENGINES.index(key[0]))
+            )
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [*row, *where], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows[key] for key in in_order)
 
 
 if __name__ == "__main__":

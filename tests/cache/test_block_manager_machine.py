@@ -34,6 +34,7 @@ def test_the_manager_follows_the_oracle():
         "several groups",
         "reused gap",
         "reused tail",
+        "long tails",
     ):
         assert counts[what] >= 5, f"the run must exercise {what}"
 

@@ -5,6 +5,7 @@ flight, preempt, resume, abort, finish, reset); ``tests/helpers/retention_oracle
 says what must be true after each step.
 """
 
+import math
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from vllm.v1.request import Request
 from tests.helpers.block_managers import full_spec, make_manager, sink_spec
 from tests.helpers.retention_oracle import NULL, Oracle, Sequence, Worth
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start.groups import settle_order
 
 CHUNK = 24  # most tokens a step; two steps may be in flight
 MAX_LEN = 300
@@ -80,8 +82,12 @@ class Life:
 class BlockManagerMachine(RuleBasedStateMachine):
     counts: ClassVar[Counter] = Counter()  # what happened, over all runs
 
-    @initialize(policy=st.sampled_from(POLICIES), times=st.sampled_from([1, 1, 2]))
-    def start(self, policy, times):
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        times=st.sampled_from([1, 1, 2]),
+        is_settled=st.booleans(),
+    )
+    def start(self, policy, times, is_settled):
         groups, self.size = policy
         self.oracles = [Oracle(sinks, window, self.size) for sinks, window in groups]
         self.bounds = [
@@ -102,6 +108,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 for group in groups[1:]
             ],
         )
+        if is_settled:  # as a start does
+            settle_order(self.manager.coordinator)
+        self.weighs_tails = is_settled and len(groups) == 1
         self.pool = self.manager.block_pool
         self.tally: Counter = Counter()  # what /metrics would show
         for manager in self.manager.coordinator.single_type_managers:
@@ -229,13 +238,18 @@ class BlockManagerMachine(RuleBasedStateMachine):
         rows = [row for _, row in self.rows(life)]
         self.manager.free(life.request)
         for row in rows:
+            rounds = 0
+            if self.weighs_tails and row:
+                times = len(row) / sum(block_id != NULL for block_id in row)
+                rounds = int(math.log2(times))
+                self.counts["long tails"] += rounds > 0
             for block_id in reversed(row):
                 block = self.pool.blocks[block_id]
                 if block_id != NULL and block.ref_cnt == 0:
                     if block.block_hash is None:
                         self.worth.forget({block_id})
                     else:
-                        self.worth.free(block_id, "tail")
+                        self.worth.free(block_id, "tail", rounds)
         for block_id in life.retries:  # gap, if the chat goes on
             if self.worth.kinds.get(block_id) == "retry":
                 del self.worth.kinds[block_id]

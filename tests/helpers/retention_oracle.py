@@ -149,6 +149,7 @@ class Worth:
 
     kinds: dict[int, str] = field(default_factory=dict)  # of free blocks
     ages: dict[int, int] = field(default_factory=dict)  # of tails: when they were freed
+    rounds: dict[int, int] = field(default_factory=dict)  # that they are spared
     shared: set[int] = field(default_factory=set)
     clock: int = 0
 
@@ -158,11 +159,12 @@ class Worth:
         for block_id in ids:
             self.kinds.pop(block_id, None)
 
-    def free(self, block_id: int, kind: str) -> None:
+    def free(self, block_id: int, kind: str, rounds: int = 0) -> None:
         self.clock += 1
         if block_id not in self.shared:
             self.kinds[block_id] = kind
             self.ages[block_id] = self.clock
+            self.rounds[block_id] = rounds
 
     def forget(self, ids: set[int]) -> None:
         """They are somebody's again, with other contents."""
@@ -184,7 +186,11 @@ class Worth:
         kept = [i for i in free if of(i) in ("gap", "tail")]
         if any(of(i) in ("tail", "retry") for i in taken):
             assert not any(of(i) == "gap" for i in kept), "a tail went before a gap"
-        tails = [self.ages[i] for i in taken if of(i) == "tail"]
-        assert not tails or all(
-            max(tails) < self.ages[i] for i in kept if of(i) == "tail"
-        ), "a younger tail went first"
+        for i in taken:
+            if of(i) == "tail":
+                assert not any(
+                    self.ages[other] < self.ages[i]
+                    and self.rounds[other] <= self.rounds[i]
+                    for other in kept
+                    if of(other) == "tail"
+                ), "a younger tail went first, of no shorter history"

@@ -152,9 +152,9 @@ class FreeOrder:
     def forget(self, taken: Sequence[KVCacheBlock]) -> None:
         """These blocks hold something else from now on; the tables stay small."""
         for block in taken:
-            self.ends.pop(block.block_id, None)
-            self.rounds.pop(block.block_id, None)
-            self.long.pop(block.block_id, None)
+            # By chance they may come to hold the same again, as something else.
+            for table in (self.gap, self.ends, self.rounds, self.long):
+                table.pop(block.block_id, None)
 
     def _choose(self, count: int) -> list[KVCacheBlock]:
         """At most ``count`` blocks of gaps, those of least worth first."""
