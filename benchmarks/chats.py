@@ -11,7 +11,8 @@ times come from seeds: the same in every run.
 ``stock`` is full attention: a turn that doesn't fit its pool is refused, and left out
 of its mean. ``retention 0`` is the policy with vLLM's default retention interval and
 vLLM's own order of free blocks, ``lru`` caches every block in that order, ``sink`` is
-the policy as it is. ``optimum`` never loses anything.
+the policy as it is. ``optimum`` never loses anything. ``foresight`` is the bound of
+:mod:`benchmarks.chats_bound`.
 
 Writes benchmarks/results/chats.csv; ``python -m benchmarks.plot`` draws it.
 """
@@ -48,7 +49,12 @@ from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.start.groups import settle_order
 
-ENGINES = ("stock", "retention 0", "lru", "sink")
+ENGINES = ("stock", "retention 0", "lru", "sink", "foresight")
+COLUMNS = (
+    *("engine", "pool_gib", "chats", "turns", "refused", "preemptions"),
+    *("prompt", "new", "again", "optimum"),
+    *("turns_paired", "new_paired", "again_paired", "optimum_paired"),
+)
 POOLS = (1, 2, 4, 8, 16, 32, 50)  # GiB
 BLOCK_SIZE = 16
 BLOCK_BYTES = BLOCK_SIZE * 128 * 1024
@@ -367,17 +373,8 @@ def summary(engine: str, pool: float, day: Day) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pools", type=float, nargs="+", default=POOLS)
-    parser.add_argument(
-        "--engines",
-        nargs="+",
-        choices=ENGINES,
-        default=("stock", "retention 0", "sink"),
-    )
-    parser.add_argument("--chats", type=int, default=CHATS)
-    args = parser.parse_args()
+def write_rows(new: list[dict]) -> None:
+    """Write rows to the table: each replaces its like, the others stay."""
     where = {
         "block_size": BLOCK_SIZE,
         "num_sink_tokens": NUM_SINK_TOKENS,
@@ -387,11 +384,30 @@ def main() -> None:
     }
     path = common.RESULTS / "chats.csv"
     rows: dict[tuple[str, str], dict] = {}
-    if path.exists():  # what runs replaces its row, the others stay
+    if path.exists():
         with path.open(newline="") as file:
-            rows = {
-                (row["engine"], row["pool_gib"]): row for row in csv.DictReader(file)
-            }
+            for row in csv.DictReader(file):
+                rows[row["engine"], row["pool_gib"]] = row
+    for row in new:
+        rows[row["engine"], row["pool_gib"]] = row | where
+    in_order = sorted(rows, key=lambda key: (float(key[1]), ENGINES.index(key[0])))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *where], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in in_order)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pools", type=float, nargs="+", default=POOLS)
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=ENGINES[:-1],
+        default=("stock", "retention 0", "sink"),
+    )
+    parser.add_argument("--chats", type=int, default=CHATS)
+    args = parser.parse_args()
     for pool in args.pools:
         for engine in args.engines:
             start = time.monotonic()
@@ -399,14 +415,7 @@ def main() -> None:
             day.run()
             row = summary(engine, pool, day)
             print(*row.values(), f"{time.monotonic() - start:.0f} s", flush=True)
-            rows[engine, row["pool_gib"]] = row | where
-            in_order = sorted(
-                rows, key=lambda key: (float(key[1]), ENGINES.index(key[0]))
-            )
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*row, *where], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows[key] for key in in_order)
+            write_rows([row])
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def chats() -> None:
         "stock": ("stock attention", COLOURS["stock"], MARKS["stock"]),
         "retention 0": ("sink, vLLM's retention and order", "#56b4e9", "^"),
         "sink": ("sink (4 + 4,092)", COLOURS["sink"], MARKS["sink"]),
+        "foresight": ("bound: any order, knowing the day", "#999999", "v"),
     }
     figure, axis = plt.subplots(figsize=(7, 4.4))
     for engine, (label, colour, mark) in styles.items():
@@ -155,7 +156,8 @@ def chats() -> None:
         )
         if found:
             axis.plot(*zip(*found, strict=True), color=colour, marker=mark, label=label)
-    axis.axhline(float(rows[0]["optimum"]), color="#555555", ls=":", label="optimum")
+    optimum = next(float(row["optimum"]) for row in rows if row["optimum"])
+    axis.axhline(optimum, color="#555555", ls=":", label="optimum")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set_yscale("symlog", linthresh=10)
