@@ -185,6 +185,20 @@ def test_the_tables_forget_what_was_reused():
     for table in (order.ends, order.rounds, order.long):
         for block_id, (block_hash, _) in table.items():
             assert blocks[block_id].block_hash == block_hash
+    assert order.gap
+    for block_id, block_hash in order.gap.items():
+        assert blocks[block_id].block_hash == block_hash
+
+
+def test_a_block_that_comes_to_hold_the_same_again_is_no_gap():
+    """As after a reset: it is a tail now."""
+    server = small_server(40)
+    long = text(0, 20 * BLOCK)
+    server.serve(long, [])
+    order = FreeOrder.of(server.manager.block_pool)
+    block = server.manager.block_pool.blocks[next(iter(order.gap))]
+    order.forget([block])
+    assert block.block_id not in order.gap
 
 
 def test_a_long_history_outlives_younger_short_ones():

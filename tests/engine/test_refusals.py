@@ -10,20 +10,29 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm import envs, platforms
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+)
 
 import vllm_sink
+from tests.helpers.block_managers import sink_spec
 from tests.helpers.refusals import CASES, host_cache, stub_engine
 from vllm_sink import __version__
 from vllm_sink.cache import metrics
 from vllm_sink.engine import Engine
 from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.start.checks import CHECKS, check_settings
-from vllm_sink.start.host_cache import EXAMPLE
+from vllm_sink.start.host_cache import EXAMPLE, check_layers
 
 
 @pytest.mark.parametrize(
@@ -206,3 +215,29 @@ def test_other_backends_are_left_alone():
     selector = SimpleNamespace(use_sparse=False, use_mla=False)
     path = current_platform.get_attn_backend_cls(None, selector)
     assert path == "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+
+
+SHAPE = {"block_size": 16, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
+STATE = MambaSpec(block_size=16, shapes=((16,),), dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize(
+    "specs, message",
+    [
+        (
+            [sink_spec(RetentionPolicy(4, 60), 16), STATE],
+            r"kv_connector must be unset for a model whose layers keep something else "
+            r"than keys .* got MambaSpec of layer1; drop --kv-transfer-config",
+        ),
+        (
+            [FullAttentionSpec(**SHAPE)],
+            r"kv_connector must be another than SinkHostCache where no layer is under "
+            r".* got layers of FullAttentionSpec; pass --attention-backend sink, or",
+        ),
+    ],
+)
+def test_layers_that_host_memory_cannot_keep(specs, message):
+    groups = [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+    config = KVCacheConfig(num_blocks=9, kv_cache_tensors=[], kv_cache_groups=groups)
+    with pytest.raises(ValueError, match=message):
+        check_layers(config)

@@ -2,11 +2,13 @@
 
     python -m tests.soak --minutes 60 --seed 1
     python -m tests.soak --minutes 10 --seed 2 --ngram --clients 200
+    python -m tests.soak --minutes 3 --seed 3 --host-cache
 
 Each client asks one request after another from a deck of some forty kinds whose
 answers were noted while nothing else ran: whole, as a stream, or hung up on. The
 pool of KV blocks is small, so that requests are preempted; the prefix cache is
-reset every 20 s. With ``--faults`` further servers are started beside it and suffer.
+reset every 20 s. With ``--host-cache`` what the pool loses comes back from host
+memory. With ``--faults`` further servers are started beside it and suffer.
 Prints a summary as JSON and the faults as a table; the exit status is 1 if anything
 that must hold did not.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import json
 import os
 import tempfile
 import time
@@ -41,6 +44,14 @@ FLAGS += ["--num-gpu-blocks-override", "220", "--scheduling-policy", "priority"]
 FLAGS += ["--shutdown-timeout", str(SHUTDOWN_S), "--additional-config"]
 FLAGS += ['{"sink": {"num_sink_tokens": 4, "window_size": 124}}']
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+# Some 650 blocks of the small model, thrice the pool: turns leave the host, too.
+HOST_CACHE = json.dumps(
+    {
+        "kv_connector": "SinkHostCache",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"host_cache_gib": 0.005},
+    }
+)
 LIVES = {
     "ray-worker": cluster,
     "ray-replica": deployment,
@@ -61,6 +72,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--ngram", action="store_true", help="n-gram speculation")
+    parser.add_argument(
+        "--host-cache", action="store_true", help="host memory behind the pool"
+    )
     parser.add_argument(
         "--faults",
         nargs="*",
@@ -86,8 +100,9 @@ def main(argv: list[str] | None = None) -> int:
             os.environ["VLLM_SINK_TEST_MODEL"], Path(folder) / "model", MAX_MODEL_LEN
         )
         flags = [*FLAGS, *(["--speculative-config", NGRAM] if args.ngram else [])]
+        flags += ["--kv-transfer-config", HOST_CACHE] if args.host_cache else []
         server = Server(model, logs / "main.log", *flags)
-        report = Report(args.seed, 60 * args.minutes, args.clients)
+        report = Report(args.seed, 60 * args.minutes, args.clients, args.host_cache)
         deck = Deck(args.seed, vocab=40_000, max_model_len=MAX_MODEL_LEN)
         lives = Lives(model, flags, logs, deck.cards, server, args.seed)
         names = [] if args.faults is None else args.faults or list(LIVES)

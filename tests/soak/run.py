@@ -37,6 +37,7 @@ SLOPE_NEEDS_S = 1800.0
 # Of a probe, in seconds of the server's own CPU time: other people's programs on the
 # machine don't count. Somebody who waits without end meets the client's time-out.
 MAX_PROBE_CPU_S = 30.0
+HOST_COUNTERS = ("stored_blocks", "loaded_blocks", "hits", "hit_tokens")
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Report:
     seed: int
     seconds: float
     clients: int
+    has_host_cache: bool = False
     tally: Counter = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     latencies_cpu: list[float] = field(default_factory=list)
@@ -56,7 +58,9 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         ordered = sorted(self.latencies) or [0.0]
-        names = ("evicted_blocks_total", "prefix_hits_total", "prefix_hit_tokens_total")
+        names = ["evicted_blocks_total", "prefix_hits_total", "prefix_hit_tokens_total"]
+        if self.has_host_cache:
+            names += [f"host_{name}_total" for name in HOST_COUNTERS]
         return {
             "seed": self.seed,
             "seconds": round(self.seconds),
@@ -199,6 +203,9 @@ async def _check_idle(server: Server, before: dict[str, float], report: Report) 
         fail(f"{hits[0]} counts {ours}, {hits[1]} {theirs}")
     if not after["vllm:sink_evicted_blocks_total"]:
         fail("no block was evicted: this soak shows nothing")
+    for name in HOST_COUNTERS if report.has_host_cache else ():
+        if not after[f"vllm:sink_host_{name}_total"]:
+            fail(f"vllm:sink_host_{name}_total is 0: this soak shows nothing of it")
     if report.latencies and max(report.latencies_cpu) > MAX_PROBE_CPU_S:
         fail(f"a probe took {max(report.latencies_cpu):.1f} s of CPU time")
     if not report.latencies:

@@ -31,6 +31,18 @@ TABLE = Path(__file__).parents[2] / "docs" / "refusals.md"
 SINK = ["--attention-backend", "sink"]
 
 
+HOST_CACHE = [
+    "--kv-transfer-config",
+    json.dumps(
+        {
+            "kv_connector": "SinkHostCache",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"host_cache_gib": 0.1},
+        }
+    ),
+]
+
+
 def section(**keys) -> list[str]:
     return [*SINK, "--additional-config", json.dumps({"sink": keys})]
 
@@ -248,8 +260,14 @@ def test_a_good_policy_needs_no_weights(models, tmp_path, monkeypatch):
     assert (report["num_sink_tokens"], report["window_size"]) == (2, 62)
     assert report["attention_layers"] == report["turned_layers"] == 3
     assert "starts" in check.words(report)
-    report = check.check(str(tmp_path), section(sink_positions="absolute"))
+    flags = section(sink_positions="absolute", num_sink_tokens=2, window_size=62)
+    report = check.check(str(tmp_path), [*flags, *HOST_CACHE])
     assert report["turned_layers"] == 0
+    policy, host = report["start_lines"]
+    assert policy in lines
+    assert re.fullmatch(
+        r"Host cache: [\d,]+ blocks \(.*\) keep about .* of any .*", host
+    )
 
 
 def test_command(tmp_path, capsys):

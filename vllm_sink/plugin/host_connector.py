@@ -69,7 +69,8 @@ class SinkHostCache(KVConnectorBase_V1, SupportsHMA):
         # vLLM reads it once the connector is made. Its default ends the request; a
         # mirror's loss is no loss.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
-        logger.info("%s", host_line(vllm_config, kv_cache_config, num_slots))
+        self.start_line = host_line(vllm_config, kv_cache_config, num_slots)
+        logger.info("%s", self.start_line)
         self.scheduler = HostScheduler(num_slots, per_worker * num_workers)
 
     @property

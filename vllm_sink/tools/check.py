@@ -162,12 +162,12 @@ def look(engine: Any) -> dict[str, Any]:
         for layer in layers
         if isinstance(getattr(layer, "impl", None), SinkImplBase)
     ]
-    managers = (
-        engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
-    ).single_type_managers
+    scheduler = engine.engine_core.engine_core.scheduler
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     lines: list[str | None] = [*log_lines.policy_lines(vllm_config, managers)]
     page_bytes = managers[0].kv_cache_spec.page_size_bytes
     lines.append(log_lines.retrieval_line(vllm_config, config, page_bytes))
+    lines.append(getattr(scheduler.connector, "start_line", None))  # host memory's
     return found | {
         "num_sink_tokens": config.num_sink_tokens,
         "window_size": config.window_size,
