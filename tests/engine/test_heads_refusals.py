@@ -37,7 +37,8 @@ NAN[7][1] = math.nan
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1 .* got 2; "),
         (
             {"hf_overrides": {"layer_types": ["sliding_attention"] * 30}},
-            "model must have no windows of its own .* leave sink.retrieval_heads",
+            "retrieval_heads must be left out .* without a layer of full attention, .* "
+            "leave sink.retrieval_heads and sink.retrieval_layers out",
         ),
         ({"heads": [[1, 0]] * 30}, "30 layers x 3 KV heads .* got 30 layers x 2 heads"),
         ({"heads": [[1, 0, 0]] * 32}, "got 32 layers x 3 heads"),

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
 
 import vllm_sink
 from tests.helpers.block_managers import sink_spec
-from tests.helpers.refusals import CASES, host_cache, stub_engine
+from tests.helpers.refusals import BESIDE, CASES, drafter, host_cache, stub_engine
 from vllm_sink import __version__
 from vllm_sink.cache import metrics
 from vllm_sink.engine import Engine
@@ -136,6 +136,19 @@ def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
         assert not refusals(engine) and engine.config == SinkConfig(4, 64)
     engine = stub_engine(**changes, model_config__max_model_len=8192)
     assert refusals(engine)["_retrieval_heads"].startswith("pipeline_parallel_size")
+
+
+def test_heads_beside_layers_of_other_kinds():
+    """No obstacle; but a pipeline's stages and a drafter's layers are."""
+    assert not refusals(stub_engine(**BESIDE))
+    changes = BESIDE | {"parallel_config__pipeline_parallel_size": 2}
+    text = refusals(stub_engine(**changes))["_heads_beside"]
+    assert re.search("pipeline_parallel_size must be 1 .* got 2; use tensor", text)
+    changes = BESIDE | {"speculative_config": drafter("eagle")}
+    text = refusals(stub_engine(**changes))["_heads_beside"]
+    assert re.search("method must be one of ngram.* got 'eagle'; draft with n", text)
+    whole = {"additional_config": {"sink": {"retrieval_heads": [[1, 1]]}}}
+    assert "_heads_beside" not in refusals(stub_engine(**changes | whole))
 
 
 @pytest.mark.parametrize(

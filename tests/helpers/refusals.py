@@ -70,6 +70,7 @@ def stub_config(**changes: Any) -> SimpleNamespace:
             use_mla=False,
             is_encoder_decoder=False,
             is_attention_free=False,
+            is_hybrid=False,
             is_mm_prefix_lm=False,
             attention_chunk_size=None,
             hf_config=SimpleNamespace(),
@@ -107,6 +108,17 @@ class Case:
     message: str
 
 
+# Heads of two policies in one layer, beside a layer that the policy doesn't govern.
+BESIDE = {
+    "additional_config": {"sink": {"retrieval_heads": [[1, 0]]}},
+    "model_config__hf_text_config": SimpleNamespace(
+        num_attention_heads=4, layer_types=["linear_attention", "full_attention"]
+    ),
+    "model_config__get_total_num_hidden_layers": lambda: 2,
+    "model_config__get_total_num_kv_heads": lambda: 2,
+    "model_config__max_model_len": 8192,
+    "cache_config__kv_sharing_fast_prefill": False,
+}
 _MIXED = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
 
 CASES = [

@@ -15,6 +15,7 @@ from vllm_sink.policy.head_map import (
     select,
 )
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.settings.layer_kinds import layer_owners
 from vllm_sink.settings.resolve import resolve, resolved
 
 SHAPE = ModelShape(3, 2, 6, (("model_type", "llama"), ("hidden_size", 64)), "tiny")
@@ -200,3 +201,86 @@ class TestRefusals:
     def test_values(self, settings, message):
         with pytest.raises(ValueError, match=message):
             resolved(SinkConfig(**settings), SHAPE)
+
+
+# Layers 0 and 3 have windows of their own, layer 4 reads the keys of layer 2.
+BESIDE = ModelShape(5, 2, 4, name="hybrid", owners=(None, 1, 2, None, 2))
+
+
+class TestLayersBeside:
+    """Layers that the policy doesn't govern have no rows and count in no fraction."""
+
+    def chosen(self, rows, fraction=None, layers=None):
+        config = SinkConfig(
+            retrieval_heads=rows, retrieval_fraction=fraction, retrieval_layers=layers
+        )
+        first = resolved(config, BESIDE)
+        assert resolved(first, BESIDE) == first, "resolving again changes nothing"
+        return first.head_map
+
+    def test_rows_of_other_layers_are_ignored(self):
+        rows = [[9, 9], [0.1, 0.9], [0.4, 0.2], [9, 9, 9], [0.3, 0.8]]
+        heads = self.chosen(rows, 0.5)
+        assert heads.values() == [[], [0, 1], [0, 1], [], []]
+        assert (heads.num_heads, heads.num_governed_layers) == (4, 2)
+        assert (heads.num_layers, heads.num_kv_heads) == (5, 2)
+        assert heads.count([1]) == 2 and heads.splits_layers and not heads.is_uniform
+
+    def test_a_reader_counts_for_the_layer_that_it_reads(self):
+        rows = [[0, 0], [0, 0], [0, 1], [0, 0], [1, 0]]
+        assert self.chosen(rows).values()[2] == [1, 1]
+
+    def test_rows_of_the_governed_layers_alone(self):
+        assert self.chosen([[1, 0], [0, 1], [0, 0]]).values()[1:3] == [[1, 0], [0, 1]]
+        assert self.chosen([[1, 0], [0, 1]]).values()[1:3] == [[1, 0], [0, 1]]
+        with pytest.raises(ValueError, match=r"5 layers \(or the 2 with .* got 4"):
+            self.chosen([[1, 0]] * 4)
+
+    def test_layers_by_name(self):
+        config = SinkConfig(retrieval_layers=[4])
+        assert resolved(config, BESIDE).head_map.values() == [
+            [],
+            [0, 0],
+            [1, 1],
+            [],
+            [],
+        ]
+        with pytest.raises(ValueError, match="of which hybrid has 1, 2, 4, got 3"):
+            resolved(SinkConfig(retrieval_layers=[3]), BESIDE)
+        nothing = ModelShape(2, 2, 4, name="windows", owners=(None, None))
+        with pytest.raises(ValueError, match="without a layer of full att"):
+            resolved(SinkConfig(retrieval_layers=[0]), nothing)
+
+    def test_query_heads_of_the_governed_layers(self, tmp_path):
+        path = tmp_path / "heads.json"
+        trials = {
+            f"{i}-{head}": [i / 10 + head] for i in (1, 2, 4) for head in range(4)
+        }
+        path.write_text(json.dumps(trials))
+        heads = self.chosen(str(path), 0.5)
+        assert heads.values() == [[], [0, 1], [0, 1], [], []]
+
+
+@pytest.mark.parametrize(
+    "config, owners",
+    [
+        ({}, ()),
+        ({"layer_types": ["full_attention"] * 4}, ()),
+        ({"layers_block_type": ["hybrid"] * 4}, ()),
+        (
+            {"layer_types": ["linear_attention", "full_attention"] * 2},
+            (None, 1, None, 3),
+        ),
+        ({"hybrid_override_pattern": "M*-*"}, (None, 1, None, 3)),
+        ({"attn_type_list": [0, 1, 0, 1]}, (None, 1, None, 3)),
+        (
+            {
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+            },
+            (None, 1, None, 1),
+        ),
+    ],
+)
+def test_the_governed_layers_of_a_configuration(config, owners):
+    assert layer_owners(SimpleNamespace(**config), 4) == owners

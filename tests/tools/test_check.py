@@ -116,7 +116,7 @@ CASES = {
             '{"method": "draft_model", "model": "MODEL", "num_speculative_tokens": 2}',
         ],
     ),
-    "model must have no windows of its own": (
+    "sink.retrieval_heads must be left out": (
         "llama",
         [
             *section(retrieval_layers=[0]),

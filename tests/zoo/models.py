@@ -45,6 +45,7 @@ class Entry:
         is_near: vLLM's own forward differs from Hugging Face's: it is compared
             as a rounded one.
         needs_torchvision: vLLM imports it.
+        refused_heads: What the start says with heads of two policies, if it refuses.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Entry:
     architecture: str = ""
     is_near: bool = False
     needs_torchvision: bool = False
+    refused_heads: str | None = None
 
 
 def rope(kind: str, **more) -> dict:
@@ -172,6 +174,21 @@ ZOO = [
             "vocab_size_per_layer_input": 512,
         },
         notes="own windows kept",
+    ),
+    Entry(
+        "Gemma 4, shared keys",
+        "gemma4_text",
+        "Gemma 4 E2B, E4B",
+        {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 40,
+            "layer_types": SLIDE,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 512,
+        },
+        notes="own windows kept; layers that read another's keys follow it",
     ),
     Entry("Phi-3", "phi3", "Phi-3, Phi-4", {"sliding_window": None}),
     Entry("Phi-3, LongRoPE", "phi3", "Phi-3 128k", {**LONG, "sliding_window": None}),
@@ -325,6 +342,7 @@ ZOO = [
             "tie_word_embeddings": True,
             "initializer_range": 0.08,  # at 0.12 stock vLLM is 0.01 off, too
         },
+        refused_heads="full attention, where config.json says otherwise",
         notes="Mamba layers beside; output tied to the embeddings",
     ),
     Entry(

@@ -15,7 +15,7 @@ import torch
 from tests.helpers.engine import model_runner, prompt_logprobs, sink_engine
 from tests.helpers.reference import load, logprobs
 from tests.zoo.models import VOCABULARY, ZOO, Entry, save
-from tests.zoo.sizes import check_size
+from tests.zoo.sizes import check_size, check_size_of_heads
 
 SINKS, WINDOW, LENGTH = 4, 60, 300
 # Fewer blocks than the text has: what is freed is written again.
@@ -26,6 +26,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 # for some.
 WHOLE = "VLLM_SINK_WHOLE_ZOO" in os.environ
 IN_BOTH = {"Llama", "Mixtral", "Gemma 3", "OLMo 2", "GLM"}
+# Heads of two policies beside layers of each other kind.
+WITH_HEADS = {"Gemma 3", "Gemma 4, shared keys", "gpt-oss", "Qwen3-Next"}
+WITH_HEADS |= {"Falcon-H1", "Nemotron-H"}
+HEADS = "retrieval heads"
 # The zoo can run in parts that write what they found into one file.
 FOUND = os.environ.get("VLLM_SINK_ZOO_FOUND")
 # name -> implementation and what was found, by mode
@@ -52,7 +56,7 @@ class Reference:
         if rounded:  # the weights that the engine has, in exact arithmetic
             model = model.to(torch.bfloat16).float()
 
-        def want(window: int, positions: str) -> torch.Tensor:
+        def want(window: int, positions: str, heads=None) -> torch.Tensor:
             if entry.learned_positions:
                 positions = "absolute"
             return logprobs(
@@ -62,9 +66,13 @@ class Reference:
                 window,
                 positions,
                 extra_window=entry.extra_window,
+                heads=heads,
             )
 
+        positions = "absolute" if "cache" in entry.refused else "cache"
+        self.scores = scores_of(model.config.get_text_config())
         self.want = {
+            HEADS: want(WINDOW, positions, rows_read(model.config, self.scores)),
             "cache": want(WINDOW, "cache"),
             "absolute": want(WINDOW, "absolute"),
             "dense": want(LENGTH, "absolute"),
@@ -85,7 +93,8 @@ class Reference:
         error = (got - self.want[positions]).abs().mean()
         effect = (self.want["dense"] - self.want[positions]).abs().mean()
         assert error < 1.5 * rounding, (error, rounding)
-        assert effect > 4 * error, (effect, error)
+        # Retrieval heads leave less of the policy to be seen.
+        assert effect > (3 if positions == HEADS else 4) * error, (effect, error)
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -98,7 +107,10 @@ def test_architecture(entry, tmp_path, request):
     reference = Reference(entry, path, tokens)
     found = {"implementation": "-"}
     some = WHOLE or entry.refused or entry.name in IN_BOTH
-    for positions in ("cache", "absolute") if some else ("cache",):
+    modes = ("cache", "absolute") if some else ("cache",)
+    if (WHOLE and len(entry.refused) < 2) or entry.name in WITH_HEADS:
+        modes = (*modes, HEADS)
+    for positions in modes:
         refused = entry.refused.get(positions)
         settings = {
             "positions": positions,
@@ -111,6 +123,11 @@ def test_architecture(entry, tmp_path, request):
             "skip_tokenizer_init": True,
             **entry.settings,
         }
+        if positions == HEADS:
+            settings["positions"] = "absolute" if "cache" in entry.refused else "cache"
+            settings["retrieval"] = {"heads": reference.scores}
+            settings["num_gpu_blocks_override"] = 60
+            refused = entry.refused_heads
         if refused is not None:
             with (
                 pytest.raises(Exception, match=refused.replace("…", ".*")),
@@ -122,9 +139,11 @@ def test_architecture(entry, tmp_path, request):
         with sink_engine(path, SINKS, WINDOW, **settings) as llm:
             found["implementation"] = server_of(model_runner(llm).get_model())
             got = prompt_logprobs(llm, [tokens])[0]
-            check_size(entry, path, llm)
+            check = check_size if positions != HEADS else check_size_of_heads
+            check(entry, path, llm)
         if reference.is_near:
             settings["num_gpu_blocks_override"] = 64
+            settings.pop("retrieval", None)
             with sink_engine(path, SINKS, LENGTH, **settings) as llm:
                 unlimited = prompt_logprobs(llm, [tokens])[0]
             reference.check_near(got, positions, unlimited)
@@ -138,6 +157,35 @@ def test_architecture(entry, tmp_path, request):
     if FOUND:
         with open(FOUND, "a") as file:
             file.write(json.dumps([entry.name, found]) + "\n")
+
+
+def scores_of(config) -> list[list[int]]:
+    """The first head of every fourth layer is a retrieval head."""
+    rows = []
+    for layer in range(config.num_hidden_layers):
+        own = config
+        if getattr(config, "is_heterogeneous", False):
+            own = config.per_layer_config[layer]
+        heads = getattr(own, "num_key_value_heads", own.num_attention_heads)
+        rows.append([int(layer % 4 == 1 and head == 0) for head in range(heads)])
+    return rows
+
+
+def rows_read(config, scores) -> list[list[int]]:
+    """What each layer obeys: a layer that reads another's keys that one's row.
+
+    Its heads keep everything if a head of either row does.
+    """
+    config = config.get_text_config()
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    rows = [list(row) for row in scores]
+    first = len(rows) - shared
+    for layer in range(first, len(rows)):
+        kinds = config.layer_types
+        owner = rows[max(i for i in range(first) if kinds[i] == kinds[layer])]
+        owner[:] = map(max, owner, rows[layer])
+        rows[layer] = owner
+    return rows
 
 
 def num_kinds(entry: Entry) -> int:
@@ -173,18 +221,20 @@ def render(before: str) -> str:
         if len(cells) > 5
     }
     rows = [
-        "| architecture | models | implementation | `cache` | `absolute` | notes |",
-        "|---|---|---|---|---|---|",
+        "| architecture | models | implementation | `cache` | `absolute` "
+        "| retrieval heads | notes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for entry in ZOO:
         found = outcomes[entry.name]
-        known = earlier.get(entry.used_by, ["not run"] * 6)
+        known = earlier.get(entry.used_by, ["not run"] * 7)
         cells = (
             f"{entry.name} (`{entry.kind}`)",
             entry.used_by,
             found["implementation"],
             found["cache"],
             found.get("absolute", known[4]),
+            found.get(HEADS, known[5]),
             entry.notes,
         )
         rows.append("| " + " | ".join(cells) + " |")

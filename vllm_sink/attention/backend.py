@@ -31,8 +31,10 @@ from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache.head_caches import add_companions
-from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
+from vllm_sink.cache.head_slots import add_slots
+from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.engine import Engine
+from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.measure import measure_loaded_model
 
 
@@ -165,7 +167,8 @@ class SinkBackend(AttentionBackend):
         if type(spec) is SlidingWindowSpec:
             assert not cls.is_retrieval, spec
             return OwnWindowSpec.from_window(spec)
-        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+        is_full = type(spec) in (FullAttentionSpec, SlotSpec)
+        if not is_full or spec.sliding_window is not None:
             assert not cls.is_retrieval, spec
             return spec
         config, window = cls.engine.config, None
@@ -238,7 +241,9 @@ def place_layer(engine: Engine, layer: Any) -> None:
     if heads is None or not heads.num_retrieval_heads or not is_plain:
         layer.attn_backend = bound(backend, engine, is_retrieval=False)
         return
-    add_companions(
+    model = engine.vllm_config.model_config
+    beside = has_layers_beside(model.is_hybrid, heads)
+    (add_slots if beside else add_companions)(
         engine,
         layer,
         heads,

@@ -45,7 +45,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sink.cache.head_caches import HeadCache, HeadGroup, HeadGroups, Padding
+from vllm_sink.cache.head_caches import HeadCache, HeadGroup, HeadGroups
+from vllm_sink.cache.head_slots import HeadSlot
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.engine import Engine
 from vllm_sink.policy.config import SinkConfig
@@ -106,12 +107,13 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
         layers: Any = get_layers_from_vllm_config(
             vllm_config, AttentionLayerBase, layer_names
         )
-        heads = [x for x in layers.values() if isinstance(x, HeadCache)]
-        real = [head for head in heads if not isinstance(head, Padding)]
+        heads = [x for x in layers.values() if isinstance(x, (HeadCache, HeadSlot))]
+        real = [head for head in heads if head.owners]
         if real:
             self.groups = real[0].groups
             self.group = self.groups.register(heads)
-            self.layers.update({head.owner.layer_name: head.owner for head in real})
+            owners = (owner for head in real for owner in head.owners)
+            self.layers.update({owner.layer_name: owner for owner in owners})
         self._check_tables(vllm_config)
         self.block_size = kv_cache_spec.block_size
         # id of a rotary table -> the rotation, for tables that turns need.
@@ -212,6 +214,8 @@ class SinkImplBase(AttentionImpl[M]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
         self.writes_cache = kv_sharing_target_layer_name is None
+        # The layer whose keys it reads, whatever cache holds them.
+        self.reads_keys_of = kv_sharing_target_layer_name
         self.sink_logits = sinks
         self.heads_counted = False  # against the model's: head_counts
         # A companion for each KV head if they are of two kinds: cache.head_caches.

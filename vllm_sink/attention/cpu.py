@@ -286,10 +286,11 @@ class SinkCpuImpl(SinkImplBase[SinkCpuMetadata]):
         """Made once: the cache of a layer stays where it is.
 
         Args:
-            kv_cache: [B, HKV, N, 2D], or of heads that have caches of their own the
-                first's, which vLLM gives to the layer.
+            kv_cache: [B, HKV, N, 2D]; not read where heads have caches of their own.
         """
         known = self._caches
+        if self.heads is not None:
+            kv_cache = self.heads[0].kv_cache
         if known is None or known.tensors[0].data_ptr() != kv_cache.data_ptr():
             if self.heads is None:
                 layout = self.stock.layout if self.stock else layouts.OWN

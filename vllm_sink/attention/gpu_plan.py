@@ -220,6 +220,6 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
         )
         self._prepared.add(step.places)
         heads = (head for group in self.groups.groups for head in group.heads)
-        for impl in {head.owner.impl for head in heads}:
+        for impl in {owner.impl for head in heads for owner in head.owners}:
             if impl.heads is not None:
                 impl.find_head_table(step)

@@ -24,6 +24,9 @@ Nothing of vLLM is patched. vLLM needs to be told:
 Where no layer has heads of both kinds there are no companions: the layers' own
 specs differ, and padding alone is added.
 
+So it is where the policy governs every layer; a model that has other layers beside
+them is the work of :mod:`vllm_sink.cache.head_slots`.
+
 A forward of the layer finds its heads in ``impl.heads`` and its step in the
 metadata: ``metadata.step.parts[head.group.index]`` is what the builder of the
 head's group made of this step. See :mod:`vllm_sink.attention.base`.
@@ -122,6 +125,11 @@ class HeadCache(AttentionLayerBase):
         self.num_heads = owner.num_heads
         self.impl = owner.impl
 
+    @property
+    def owners(self) -> tuple[Attention, ...]:
+        """The attention modules that read it; none of padding."""
+        return (self.owner,)
+
     def get_attn_backend(self) -> type:
         return self.attn_backend
 
@@ -133,6 +141,10 @@ class HeadCache(AttentionLayerBase):
 
 class Padding(HeadCache):
     """A place in a group without a head: it has no tensor, nothing is written."""
+
+    @property
+    def owners(self) -> tuple[Attention, ...]:
+        return ()
 
 
 class LayerPadding(Padding):
@@ -212,16 +224,25 @@ def add_companions(
 
 
 def refuse_layer(layer: Attention, index: int, heads: HeadMap) -> None:
-    """Refuse a layer that a head map can't describe, by name.
+    """Refuse a layer that is not of the kind which the map takes it for, by name.
 
     Raises:
         ValueError: Names the layer and the remedy.
     """
+    is_known = index < heads.num_layers
+    has_heads = is_known and bool(heads.is_retrieval[index])
+    is_full = layer.sliding_window is None
+    owns = layer.kv_sharing_target_layer_name is None
     reasons = {
-        f"a window of its own ({layer.sliding_window})": layer.sliding_window,
-        "the KV cache of another layer": layer.kv_sharing_target_layer_name,
-        f"index {index} in a map of {heads.num_layers} layers": (
-            index >= heads.num_layers
+        f"index {index} in a map of {heads.num_layers} layers": not is_known,
+        f"a window of its own ({layer.sliding_window}), where config.json says none": (
+            has_heads and not is_full
+        ),
+        "the KV cache of another layer, where config.json says none": (
+            has_heads and not owns
+        ),
+        "full attention, where config.json says otherwise": (
+            is_known and not has_heads and is_full and owns
         ),
     }
     for reason, is_refused in reasons.items():

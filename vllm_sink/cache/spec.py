@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotSpec(FullAttentionSpec):
+    """Full attention of a slot's heads, before it gets its policy.
+
+    Args:
+        part: The group of its kind that the slot is in, for vLLM's grouping: slots of
+            several parts are layers of several kinds to it, and so get a group each.
+            A group's own spec says 0.
+    """
+
+    part: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SinkSpec(SlidingWindowSpec):
     """A sliding window whose first ``num_sink_tokens`` tokens never leave.
 
@@ -58,10 +71,12 @@ class SinkSpec(SlidingWindowSpec):
         num_layers: Layers that share the group's block table, once vLLM has merged
             their specs into the group's. 0 where it didn't: layers whose pages
             differ in size keep their specs, and the manager gets any one of them.
+        part: As :attr:`SlotSpec.part`.
     """
 
     num_sink_tokens: int
     is_retrieval: bool = False
+    part: int = 0
     num_layers: int = field(default=0, compare=False)
 
     @classmethod
@@ -69,7 +84,7 @@ class SinkSpec(SlidingWindowSpec):
         """The spec of a group, with its layers counted; may be merged again."""
         merged = super().merge(specs)  # an AssertionError tells vLLM: not one group
         count = sum(spec.num_layers or 1 for spec in specs)
-        return replace(merged, num_layers=count)
+        return replace(merged, num_layers=count, part=0)
 
     @classmethod
     def from_full(
@@ -99,6 +114,7 @@ class SinkSpec(SlidingWindowSpec):
             sliding_window=window_size or config.window_size,
             num_sink_tokens=config.num_sink_tokens,
             is_retrieval=window_size is not None,
+            part=_part_of(spec),
         )
 
     @property
@@ -136,6 +152,7 @@ class SinkSpec(SlidingWindowSpec):
             isinstance(spec, SinkSpec)
             and spec.policy == self.policy
             and spec.is_retrieval == self.is_retrieval
+            and spec.part == self.part
             for spec in kv_cache_specs.values()
         )
 
@@ -163,7 +180,13 @@ class OwnWindowSpec(SlidingWindowSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalSpec(FullAttentionSpec):
-    """Full attention of retrieval heads, whose manager counts its blocks."""
+    """Full attention of retrieval heads, whose manager counts its blocks.
+
+    Args:
+        part: As :attr:`SlotSpec.part`.
+    """
+
+    part: int = 0
 
     @classmethod
     def from_full(cls, spec: FullAttentionSpec) -> RetrievalSpec:
@@ -173,12 +196,20 @@ class RetrievalSpec(FullAttentionSpec):
     def merge(cls, specs: list[Self]) -> Self:
         """The spec of a group; vLLM would merge a subclass with its base."""
         assert all(isinstance(spec, RetrievalSpec) for spec in specs), specs
-        return super().merge(specs)
+        assert len({spec.part for spec in specs}) == 1, specs
+        return super().merge(specs)  # makes it anew, of vLLM's own fields: part 0
 
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:
-        return all(isinstance(spec, RetrievalSpec) for spec in kv_cache_specs.values())
+        return all(
+            isinstance(spec, RetrievalSpec) and spec.part == self.part
+            for spec in kv_cache_specs.values()
+        )
+
+
+def _part_of(spec: FullAttentionSpec) -> int:
+    return spec.part if isinstance(spec, SlotSpec) else 0
 
 
 def _fields_of(spec: KVCacheSpec) -> dict[str, Any]:

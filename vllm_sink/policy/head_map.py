@@ -31,19 +31,26 @@ class HeadMap:
     """A kind for each KV head of a whole model, not of a tensor-parallel rank.
 
     Args:
-        is_retrieval: [layers][KV heads], true for a retrieval head.
+        is_retrieval: [layers][KV heads], true for a retrieval head. A layer that the
+            policy doesn't govern, or that reads another's keys, has no heads here.
     """
 
     is_retrieval: tuple[tuple[bool, ...], ...]
 
     @property
     def num_layers(self) -> int:
+        """Layers of the model, of whatever kind."""
         return len(self.is_retrieval)
 
     @property
+    def num_governed_layers(self) -> int:
+        """Layers that have heads of their own under the policy."""
+        return sum(map(bool, self.is_retrieval))
+
+    @property
     def num_kv_heads(self) -> int:
-        """KV heads of one layer."""
-        return len(self.is_retrieval[0])
+        """KV heads of one governed layer."""
+        return max(map(len, self.is_retrieval))
 
     @property
     def num_retrieval_heads(self) -> int:
@@ -51,8 +58,8 @@ class HeadMap:
 
     @property
     def num_heads(self) -> int:
-        """KV heads of all layers."""
-        return self.num_layers * self.num_kv_heads
+        """KV heads of all governed layers."""
+        return sum(map(len, self.is_retrieval))
 
     @property
     def splits_layers(self) -> bool:
@@ -67,7 +74,9 @@ class HeadMap:
     def count(self, heads: Iterable[int]) -> int:
         """Retrieval heads among these KV heads, over all layers."""
         heads = list(heads)
-        return sum(layer[head] for layer in self.is_retrieval for head in heads)
+        return sum(
+            layer[head] for layer in self.is_retrieval if layer for head in heads
+        )
 
     def values(self) -> list[list[int]]:
         """The map as a setting: 1 is a retrieval head, 0 a streaming one."""
@@ -79,10 +88,12 @@ class ModelShape:
     """The model that a map must fit.
 
     Args:
-        num_layers: Attention layers. num_kv_heads: KV heads of a layer.
+        num_layers: Layers of any kind. num_kv_heads: KV heads of a governed layer.
         num_heads: Query heads of a layer.
         facts: What is known of :data:`FACTS`.
         name: For messages.
+        owners: For each layer the one whose keys it reads under the policy, as a rule
+            itself; None for a layer that the policy doesn't govern. Empty: all do.
     """
 
     num_layers: int
@@ -90,6 +101,21 @@ class ModelShape:
     num_heads: int
     facts: tuple[tuple[str, Any], ...] = ()
     name: str = "the model"
+    owners: tuple[int | None, ...] = ()
+
+    def owner(self, layer: int) -> int | None:
+        """The layer whose keys ``layer`` reads under the policy, if any."""
+        return self.owners[layer] if self.owners else layer
+
+    @property
+    def governed(self) -> list[int]:
+        """Layers with keys of their own under the policy."""
+        return [i for i in range(self.num_layers) if self.owner(i) == i]
+
+    @property
+    def readers(self) -> list[int]:
+        """Layers that attend under the policy, to keys of their own or another's."""
+        return [i for i in range(self.num_layers) if self.owner(i) is not None]
 
 
 def heads_of_rank(rank: int, num_ranks: int, num_kv_heads: int) -> range:

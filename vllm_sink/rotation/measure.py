@@ -280,7 +280,7 @@ class _Measurement:
         for name, layer in self.layers.items():
             if layer.impl.writes_cache:
                 continue
-            target = layer.kv_sharing_target_layer_name
+            target = layer.impl.reads_keys_of
             mine = fits[name]
             if isinstance(mine, Unknown):
                 continue

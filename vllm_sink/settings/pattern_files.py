@@ -30,6 +30,10 @@ WRITE_ROWS = "write a row of numbers a layer, a column a KV head, into a .tsv fi
 def read_scores(source: Any, shape: ModelShape) -> Scores:
     """Scores [layers][KV heads] of ``retrieval_heads``, checked against the model.
 
+    A layer that the policy doesn't govern, or that reads another's keys, has no
+    scores: what the source says of the first is ignored, of the second it counts for
+    the layer whose keys it reads, whose heads get the maximum.
+
     Args:
         source: Numbers [layers][KV heads], the path of a file, or paths of several,
             of which each head gets its maximum (KVzip has a file a task). By name:
@@ -37,7 +41,8 @@ def read_scores(source: Any, shape: ModelShape) -> Scores:
             one array, ``.pt``, one tensor (KVzip); ``.json``, [layers][KV heads], or
             ``{"layer-head": [a score a trial]}`` of *query* heads (Wu et al.,
             arXiv 2404.15574), of whose means a KV head gets its group's maximum.
-            All but ``.pt`` and ``.npy`` may be packed, ``.gz``.
+            All but ``.pt`` and ``.npy`` may be packed, ``.gz``. Rows are those of
+            all layers, or of the layers that the policy governs.
 
     Raises:
         ValueError: Names the file or the entry, what is wrong and the remedy.
@@ -222,8 +227,9 @@ def _fold_query_heads(values: dict, shape: ModelShape, path: str) -> Scores:
         for layer in range(shape.num_layers)
         for head in range(shape.num_heads)
     }
-    if values.keys() != wanted.keys():
-        odd = sorted(values.keys() ^ wanted.keys())[0]
+    read = {key for key, (layer, _) in wanted.items() if layer in shape.readers}
+    if not read <= values.keys() <= wanted.keys():
+        odd = sorted((values.keys() - wanted.keys()) | (read - values.keys()))[0]
         state = "more than those" if odd in values else "not"
         raise ValueError(
             f"sink.retrieval_heads must name the {shape.num_layers} layers x "
@@ -231,8 +237,13 @@ def _fold_query_heads(values: dict, shape: ModelShape, path: str) -> Scores:
             f"{len(values)} and {state} {odd!r}; use a file of this model"
         )
     group = shape.num_heads // shape.num_kv_heads
-    scores = [[-math.inf] * shape.num_kv_heads for _ in range(shape.num_layers)]
+    scores: Scores = [
+        [-math.inf] * shape.num_kv_heads if layer in shape.readers else []
+        for layer in range(shape.num_layers)
+    ]
     for key, (layer, head) in wanted.items():
+        if key not in read:
+            continue
         trials = values[key] if isinstance(values[key], list) else [values[key]]
         if not all(_is_finite(trial) for trial in trials) or not trials:
             raise _not_a_number(repr(path), layer, head, values[key])
@@ -242,26 +253,51 @@ def _fold_query_heads(values: dict, shape: ModelShape, path: str) -> Scores:
 
 
 def _checked(values: Any, shape: ModelShape, name: str) -> Scores:
-    """``values`` as [layers][KV heads] finite floats."""
+    """``values`` as finite floats [layers][KV heads], of the governed layers."""
     is_table = isinstance(values, (list, tuple)) and all(
         isinstance(layer, (list, tuple)) for layer in values
     )
-    sizes = {len(layer) for layer in values} if is_table else set()
-    if not is_table or len(values) != shape.num_layers or sizes != {shape.num_kv_heads}:
+    rows = _rows_by_layer(values, shape) if is_table else None
+    if rows is None:
         found = "no table"
         if is_table:
+            sizes = {len(layer) for layer in values}
             heads = " or ".join(map(str, sorted(sizes))) or "no"
             found = f"{len(values)} layers x {heads} heads"
+        layers = f"{shape.num_layers} layers"
+        if len(shape.governed) < shape.num_layers:
+            layers += f" (or the {len(shape.governed)} with full attention)"
         raise ValueError(
-            f"sink.retrieval_heads must have {shape.num_layers} layers x "
-            f"{shape.num_kv_heads} KV heads for {shape.name}, got {found} in {name}; "
-            "use a pattern of this model"
+            f"sink.retrieval_heads must have {layers} x {shape.num_kv_heads} KV heads "
+            f"for {shape.name}, got {found} in {name}; use a pattern of this model"
         )
-    for i, layer in enumerate(values):
-        for head, score in enumerate(layer):
+    for i, row in rows.items():
+        for head, score in enumerate(row):
             if not _is_finite(score):
                 raise _not_a_number(name, i, head, score)
-    return [[float(score) for score in layer] for layer in values]
+    scores: Scores = [[] for _ in range(shape.num_layers)]
+    for i, row in rows.items():
+        owner = shape.owner(i)
+        assert owner is not None, "only readers have rows"
+        known = scores[owner] or row
+        scores[owner] = [float(max(pair)) for pair in zip(known, row, strict=True)]
+    return scores
+
+
+def _rows_by_layer(values: Any, shape: ModelShape) -> dict[int, Any] | None:
+    """The rows that count, by layer; None where they don't fit the model."""
+    kinds = (range(shape.num_layers), shape.readers, shape.governed)
+    layers = next((kind for kind in kinds if len(kind) == len(values)), None)
+    if layers is None:
+        return None
+    rows = {
+        layer: row
+        for layer, row in zip(layers, values, strict=True)
+        # A map that was resolved before has no row for a reader.
+        if layer in shape.readers and (row or layer in shape.governed)
+    }
+    fits = all(len(row) == shape.num_kv_heads for row in rows.values())
+    return rows if fits else None
 
 
 def _is_finite(value: Any) -> bool:

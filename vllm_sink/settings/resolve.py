@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sink.policy.config import SECTION, SinkConfig
 from vllm_sink.policy.head_map import FACTS, ModelShape, check_scale, select
+from vllm_sink.settings.layer_kinds import layer_owners, own_kv_heads
 from vllm_sink.settings.pattern_files import (
     check_model,
     read_scores,
@@ -56,13 +57,18 @@ def resolved(config: SinkConfig, shape: ModelShape) -> SinkConfig:
     """
     if not config.has_retrieval:
         return config
-    for layer in config.retrieval_layers or ():
-        if layer >= shape.num_layers:
-            raise ValueError(
-                f"sink.retrieval_layers must be below {shape.num_layers}, the layers "
-                f"of {shape.name}, got {layer}; the first layer is 0"
-            )
-    scores = [[0.0] * shape.num_kv_heads] * shape.num_layers
+    if not shape.governed:
+        raise ValueError(
+            "sink.retrieval_heads must be left out for a model without a layer of full "
+            f"attention, got {shape.name}, whose config.json has none; leave "
+            "sink.retrieval_heads and sink.retrieval_layers out"
+        )
+    layers = [_owner(layer, shape) for layer in config.retrieval_layers or ()]
+    governed = set(shape.governed)
+    scores = [
+        [0.0] * shape.num_kv_heads if layer in governed else []
+        for layer in range(shape.num_layers)
+    ]
     fraction = config.retrieval_fraction
     if config.retrieval_heads is not None:
         check_model(config.retrieval_heads, shape)
@@ -70,13 +76,31 @@ def resolved(config: SinkConfig, shape: ModelShape) -> SinkConfig:
         if fraction is None:
             fraction = recommended_fraction(config.retrieval_heads)
         check_scale(scores, fraction, config.retrieval_heads)
-    chosen = select(scores, fraction, config.retrieval_layers or ())
+    chosen = select(scores, fraction, layers)
     return replace(
         config,
         retrieval_heads=chosen.values(),
         retrieval_fraction=None,
         retrieval_layers=None,
     )
+
+
+def _owner(layer: int, shape: ModelShape) -> int:
+    """The layer whose heads an entry of ``retrieval_layers`` names."""
+    if layer >= shape.num_layers:
+        raise ValueError(
+            f"sink.retrieval_layers must be below {shape.num_layers}, the layers "
+            f"of {shape.name}, got {layer}; the first layer is 0"
+        )
+    owner = shape.owner(layer)
+    if owner is None:
+        governed = ", ".join(map(str, shape.readers))
+        raise ValueError(
+            f"sink.retrieval_layers must be layers with full attention, of which "
+            f"{shape.name} has {governed}, got {layer}; the others keep what the model "
+            "gives them: leave it out"
+        )
+    return owner
 
 
 def model_shape(model_config: Any) -> ModelShape:
@@ -86,9 +110,15 @@ def model_shape(model_config: Any) -> ModelShape:
     """
     text = model_config.hf_text_config
     facts = tuple((fact, getattr(text, fact, None)) for fact in FACTS)
+    num_layers = model_config.get_total_num_hidden_layers()
+    owners = layer_owners(text, num_layers)
+    governed = [i for i, owner in enumerate(owners) if owner is not None]
     return ModelShape(
-        num_layers=model_config.get_total_num_hidden_layers(),
-        num_kv_heads=model_config.get_total_num_kv_heads(),
+        num_layers=num_layers,
+        num_kv_heads=(
+            own_kv_heads(text, governed) or model_config.get_total_num_kv_heads()
+        ),
+        owners=owners,
         num_heads=text.num_attention_heads,
         facts=tuple(fact for fact in facts if fact[1] is not None),
         name=model_config.model,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sink.engine import BACKEND_NAME, Engine
 from vllm_sink.policy.config import SECTION, has_section
+from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.own_rotation import changed_rotation
 from vllm_sink.start.drafters import MODEL_FREE_DRAFTERS, check_drafter
 from vllm_sink.start.host_cache import check_connector
@@ -273,21 +274,32 @@ def _retrieval_heads(engine: Engine) -> None:
         f"{method!r}, whose layers are not in the map",
         "draft with n-grams or drop --speculative-config",
     )
+
+
+def _heads_beside(engine: Engine) -> None:
+    """Refuse what heads of two kinds can't have where other layers share the pool."""
+    heads, vllm_config = engine.config.head_map, engine.vllm_config
     model = vllm_config.model_config
+    if model is None or heads is None or heads.num_retrieval_heads == 0:
+        return
+    if heads.is_uniform or not has_layers_beside(model.is_hybrid, heads):
+        return
+    beside = "with retrieval heads in a model that has layers of other kinds"
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     must(
-        model is None or not _own_windows(model),
-        "model",
-        f"have no windows of its own {beside}",
-        repr(model and model.model),
-        "leave sink.retrieval_heads and sink.retrieval_layers out",
+        stages == 1,
+        "pipeline_parallel_size",
+        f"be 1 {beside}",
+        stages,
+        "use tensor parallelism",
     )
-
-
-def _own_windows(model: Any) -> bool:
-    """Whether some layers of the model have another kind than full attention."""
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    return model.get_sliding_window() is not None or bool(
-        set(kinds) - {"full_attention"}
+    method = vllm_config.speculative_config and vllm_config.speculative_config.method
+    must(
+        method in (None, *MODEL_FREE_DRAFTERS),
+        "speculative_config.method",
+        f"be one of {', '.join(MODEL_FREE_DRAFTERS)} {beside}",
+        repr(method),
+        "draft with n-grams or drop --speculative-config",
     )
 
 
@@ -299,6 +311,7 @@ CHECKS: tuple[Check, ...] = (
     check_connector,
     _kind_of_model,
     _retrieval_heads,
+    _heads_beside,
     _reaches_a_layer,
     _hybrid_manager,
     check_drafter,

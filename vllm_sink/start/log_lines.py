@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_sink.cache.block_manager import SinkManager
+    from vllm_sink.policy.slots import SlotMemory
 
 logger = logging.getLogger("vllm.plugins.sink")
 
@@ -127,7 +128,8 @@ def retrieval_line(
         f"keep {what}"
     )
     if not heads.is_uniform:
-        memory = request_memory(vllm_config, config, page_bytes)
+        slots = find_slot_memory(vllm_config)
+        memory = slots or request_memory(vllm_config, config, page_bytes)
         lengths = sorted({n for n in (4096, 32768) if n < max_model_len})
         sizes = [
             f"{memory.bytes(n) / 2**20:.1f} MiB at {n:,} tokens "
@@ -139,7 +141,30 @@ def retrieval_line(
             f"holds {', '.join(sizes)} on this worker, in "
             f"{memory.grouping.num_groups} groups"
         )
+        if slots is not None:
+            line += blocks_clause(slots, max_model_len)
     return line + "."
+
+
+def find_slot_memory(vllm_config: VllmConfig) -> SlotMemory | None:
+    """A request's memory on a worker whose pool other layers share; else None."""
+    from vllm_sink.cache.head_slots import SlotGroups
+
+    groups = Engine.of(vllm_config).head_groups
+    if not isinstance(groups, SlotGroups):
+        return None
+    return groups.plan(vllm_config)
+
+
+def blocks_clause(memory: SlotMemory, max_model_len: int) -> str:
+    """What blocks that other layers make large come to, as a clause."""
+    held = memory.streaming.max_blocks(1, max_model_len, memory.block_size)
+    ratio = memory.bytes(max_model_len) / memory.kept_bytes(max_model_len)
+    return (
+        f" with those of the other layers, in blocks of {memory.block_size} tokens: a "
+        f"streaming head holds {held * memory.block_size:,} tokens, and all blocks "
+        f"{ratio:.2f} times what is kept at {max_model_len:,}"
+    )
 
 
 def request_memory(

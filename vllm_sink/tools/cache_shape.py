@@ -25,12 +25,24 @@ class LayerKind:
             the policy's.
         num_kv_heads: KV heads of one GPU.
         head_size: Elements of one K (or V) vector.
+        state_bytes: Bytes of the state of one layer, in place of keys and values.
     """
 
     num_layers: int
     window: int
     num_kv_heads: int
     head_size: int
+    state_bytes: int = 0
+
+    @property
+    def is_governed(self) -> bool:
+        """Whether the policy acts on it."""
+        return not self.window and not self.state_bytes
+
+    @property
+    def num_states(self) -> int:
+        """Blocks of a request, whatever its length: without prefix caching."""
+        return int(self.state_bytes > 0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class CacheShape:
 
     @property
     def num_full_layers(self) -> int:
-        return sum(kind.num_layers for kind in self.kinds if not kind.window)
+        return sum(kind.num_layers for kind in self.kinds if kind.is_governed)
 
     @property
     def num_sliding_layers(self) -> int:
@@ -63,7 +75,7 @@ class CacheShape:
         return sum(
             kind.num_layers * self.layer_bytes(kind)
             for kind in self.kinds
-            if not kind.window
+            if kind.is_governed
         )
 
     @property
@@ -74,7 +86,23 @@ class CacheShape:
     @property
     def is_one_group(self) -> bool:
         """Whether all layers share one block table."""
-        return len({kind.window for kind in self.kinds}) == 1
+        return len({(kind.window, kind.state_bytes) for kind in self.kinds}) == 1
+
+    @property
+    def has_states(self) -> bool:
+        return any(kind.state_bytes for kind in self.kinds)
+
+    def attention_block_size(self, block_size: int) -> int:
+        """The block size of attention layers, whose pages no state's exceeds."""
+        states = max(kind.state_bytes for kind in self.kinds)
+        if not states:
+            return block_size
+        layer = max(map(self.layer_bytes, self.kinds))
+        return block_size * cdiv(states, block_size * layer)
+
+    def page_bytes(self, block_size: int) -> int:
+        """Bytes of one layer's page, of :meth:`attention_block_size` tokens."""
+        return block_size * max(map(self.layer_bytes, self.kinds))
 
     @property
     def num_tables(self) -> int:
@@ -97,7 +125,7 @@ class CacheShape:
 
     def tokens_per_block(self, kind: LayerKind, block_size: int) -> int:
         """Tokens in a block of this kind's groups."""
-        if self.is_one_group:
+        if self.is_one_group or kind.state_bytes:
             return block_size
         ratio, rest = divmod(
             max(map(self.layer_bytes, self.kinds)), self.layer_bytes(kind)
@@ -108,8 +136,8 @@ class CacheShape:
         """Bytes of one block of the pool: of one group's layers."""
         if self.is_one_group:
             return block_size * self.bytes_per_token
-        widest = max(map(self.layer_bytes, self.kinds))
-        return self.layers_per_group * block_size * widest
+        block_size = self.attention_block_size(block_size)
+        return self.layers_per_group * self.page_bytes(block_size)
 
     def request_blocks(
         self,
@@ -127,7 +155,11 @@ class CacheShape:
             block_size: Tokens a block, of the kind with the largest page.
         """
         blocks = 0
+        block_size = self.attention_block_size(block_size)
         for kind in self.kinds[: self.num_tables]:
+            if kind.state_bytes:
+                blocks += self.num_groups(kind) * kind.num_states
+                continue
             size = self.tokens_per_block(kind, block_size)
             own = RetentionPolicy(0, kind.window) if kind.window else policy
             held = cdiv(num_tokens, size)

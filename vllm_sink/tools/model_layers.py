@@ -18,11 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_sink.policy.head_map import FACTS, ModelShape
+from vllm_sink.settings.layer_kinds import layer_owners
 from vllm_sink.tools.cache_shape import CacheShape, LayerKind
 from vllm_sink.tools.reading import reading
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
 OWN_FIGURE = "read vLLM's own figure in its start-up log"
 # Names of the number of KV heads, as vLLM 0.32 reads them.
 KV_HEADS = (
@@ -110,15 +112,20 @@ def read_shape(
     if shared := _get(text, "num_kv_shared_layers"):
         _check_count("num_kv_shared_layers", shared, below=len(layer_types))
         layer_types = layer_types[: len(layer_types) - shared]
+    bytes_per_value = _bytes_per_value(config, text, dtype, "auto")
     counted = Counter(
         (window if kind == SLIDING else 0, *of_layer)
         for kind, of_layer in zip(layer_types, heads, strict=False)
+        if kind != LINEAR
     )
     kinds = [
         # Fewer KV heads than GPUs: vLLM replicates them.
         LayerKind(count, own, max(1, num_heads // tensor_parallel_size), size)
         for (own, num_heads, size), count in sorted(counted.items())
     ]
+    if LINEAR in layer_types:
+        state = _state_bytes(text, bytes_per_value) // tensor_parallel_size
+        kinds.append(LayerKind(layer_types.count(LINEAR), 0, 0, 0, state))
     if not kinds:
         raise ValueError(
             "num_hidden_layers must be at least 1, got no attention layer; mend the "
@@ -131,7 +138,13 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
     """The attention heads that a head map must fit."""
     text = config.get_text_config(decoder=True)
     layer_types, _ = _layers(text)
-    num_kv_heads = {heads for heads, _ in _heads(config, text, len(layer_types))}
+    owners = layer_owners(text, len(layer_types))
+    heads = _heads(config, text, len(layer_types))
+    num_kv_heads = {
+        count
+        for i, (count, _) in enumerate(heads)
+        if not owners or owners[i] is not None
+    }
     if len(num_kv_heads) > 1:
         raise ValueError(
             "retrieval_heads must be left out for a model whose layers have different "
@@ -143,8 +156,24 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
         num_layers=len(layer_types),
         num_kv_heads=num_kv_heads.pop(),
         num_heads=text.num_attention_heads,
+        owners=owners,
         facts=tuple(fact for fact in facts if fact[1] is not None),
         name=name,
+    )
+
+
+def _state_bytes(text: Any, bytes_per_value: int) -> int:
+    """Bytes of the state of a gated delta net, of a layer of the whole model."""
+    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim")
+    sizes = [_get(text, f"linear_{name}") for name in (*names, "conv_kernel_dim")]
+    for name, size in zip((*names, "conv_kernel_dim"), sizes, strict=True):
+        _check_count(f"linear_{name}", size)
+    key_heads, key_size, value_heads, value_size, kernel = sizes
+    convolved = (2 * key_heads * key_size + value_heads * value_size) * (kernel - 1)
+    own = str(_get(text, "mamba_ssm_dtype") or "").removeprefix("torch.")
+    recurrent = value_heads * value_size * key_size
+    return convolved * bytes_per_value + recurrent * BYTES_PER_VALUE.get(
+        own, bytes_per_value
     )
 
 
@@ -213,7 +242,7 @@ def _layers(text: Any) -> tuple[list[str], int]:
     if not kinds:
         kinds = [SLIDING if window else FULL] * text.num_hidden_layers
     if not isinstance(kinds, (list, tuple)) or any(
-        kind not in (FULL, SLIDING) for kind in kinds
+        kind not in (FULL, SLIDING, *_counted_states(text)) for kind in kinds
     ):
         raise ValueError(
             f"layer_types must be a list of {FULL} and {SLIDING}, got {kinds!r}; "
@@ -225,6 +254,11 @@ def _layers(text: Any) -> tuple[list[str], int]:
             f"with {kinds.count(SLIDING)} {SLIDING} layers; give it in config.json"
         )
     return list(kinds), window or 0
+
+
+def _counted_states(text: Any) -> tuple[str, ...]:
+    """The kinds of layers with states that are counted: gated delta nets."""
+    return (LINEAR,) if _get(text, "linear_key_head_dim") else ()
 
 
 def _heads(config: Any, text: Any, num_layers: int) -> list[tuple[int, int]]:

@@ -19,6 +19,14 @@ from typing import Any
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.policy.slots import (
+    LayersBeside,
+    SlotMemory,
+    choose_slots,
+    counts_of_ranks,
+    has_layers_beside,
+    slots_of,
+)
 from vllm_sink.settings.resolve import resolved
 from vllm_sink.start.log_lines import format_bytes
 from vllm_sink.tools.cache_shape import CacheShape
@@ -85,7 +93,11 @@ def measure(
 
 
 def measure_heads(
-    heads: RequestMemory, *, memory: int, num_tokens: int, batched_tokens: int
+    heads: RequestMemory | SlotMemory,
+    *,
+    memory: int,
+    num_tokens: int,
+    batched_tokens: int,
 ) -> dict[str, Any]:
     """The memory of one request where KV heads are of two kinds."""
     streams = heads.retrieval is None or num_tokens <= heads.retrieval.budget
@@ -117,11 +129,6 @@ def heads_memory(
     """
     heads = config.head_map
     assert heads is not None and not heads.is_uniform, heads
-    if len(shape.kinds) > 1:
-        raise ValueError(
-            "retrieval_heads must be left out for a model with layers of several kinds,"
-            f" got {describe(shape)}; leave --retrieval-heads out"
-        )
     (kind,) = shape.kinds
     held, counts = heads_of_workers(heads, tensor_parallel_size, 0)
     head_bytes = block_size * shape.layer_bytes(kind)
@@ -134,6 +141,65 @@ def heads_memory(
         block_size=block_size,
         streaming=config.policy,
         retrieval=config.retrieval_policy,
+    )
+
+
+def slot_memory(
+    shape: CacheShape, config: SinkConfig, tensor_parallel_size: int, block_size: int
+) -> SlotMemory:
+    """As :func:`heads_memory`, where other layers share the pool.
+
+    Args:
+        block_size: As given; states make it larger.
+    """
+    heads = config.head_map
+    assert heads is not None and not heads.is_uniform, heads
+    governed = [kind for kind in shape.kinds if kind.is_governed]
+    if len(governed) != 1:
+        raise ValueError(
+            "retrieval_heads must be left out for a model whose layers with full "
+            f"attention differ, got {describe(shape)}; leave --retrieval-heads out"
+        )
+    (kind,) = governed
+    block_size = shape.attention_block_size(block_size)
+    page = shape.page_bytes(block_size)
+    unit = shape.layer_bytes(kind)
+    if heads.splits_layers:
+        unit //= kind.num_kv_heads
+    beside = tuple(
+        LayersBeside(
+            own.num_layers,
+            0 if own.state_bytes else shape.tokens_per_block(own, block_size),
+            own.window or None,
+            num_states=own.num_states,
+            kept_bytes=own.num_states * own.state_bytes or shape.layer_bytes(own),
+        )
+        for own in shape.kinds
+        if not own.is_governed
+    )
+    whole_block = shape.tokens_per_block(kind, block_size)
+    slots = [(1, whole_block)]
+    if heads.splits_layers:
+        slots = list(slots_of(page, unit, block_size))
+    counts = counts_of_ranks(heads, tensor_parallel_size)
+    grouping = choose_slots(
+        counts.values(),
+        beside,
+        config.policy,
+        config.retrieval_policy,
+        slots=slots,
+        is_divided=heads.splits_layers,
+    )
+    return SlotMemory(
+        grouping=grouping,
+        page_bytes=page,
+        unit_bytes=unit,
+        counts=next(iter(counts.values())),
+        streaming=config.policy,
+        retrieval=config.retrieval_policy,
+        beside=beside,
+        whole_layers=kind.num_layers,
+        whole_block=whole_block,
     )
 
 
@@ -164,6 +230,10 @@ def rows(
         table.append((what, size[0], size[1]))
         what = f"requests in {format_bytes(memory)}, all {words}"
         table.append((what, fit[0], fit[1]))
+    if kept := both[1].get("kept_bytes"):
+        ratio = both[1]["decoding"]["bytes"] / kept
+        words = f"{both[1]['blocks_of']} tokens, {ratio:.2f} times what is kept"
+        table.append(("blocks of heads, decoding", "", words))
     return table
 
 
@@ -171,6 +241,9 @@ def describe(shape: CacheShape) -> str:
     """The layers in words."""
     told = []
     for kind in shape.kinds:
+        if kind.state_bytes:
+            told.append(f"{kind.num_layers} layers with states")
+            continue
         own = f" with their own window of {kind.window:,}" if kind.window else ""
         told.append(
             f"{kind.num_layers} {'' if own else 'full-attention '}layers{own}, "
@@ -245,10 +318,14 @@ def run(args: argparse.Namespace) -> int:
         if heads.is_uniform:
             sink = measure(shape, kept, **request, block_size=args.block_size)
         else:
-            memory = heads_memory(
-                shape, settings, args.tensor_parallel_size, args.block_size
-            )
-            sink = measure_heads(memory, **request)
+            sizes = shape, settings, args.tensor_parallel_size, args.block_size
+            if has_layers_beside(shape.has_states, heads):
+                slots = slot_memory(*sizes)
+                sink = measure_heads(slots, **request)
+                sink["blocks_of"] = slots.block_size
+                sink["kept_bytes"] = slots.kept_bytes(num_tokens)
+            else:
+                sink = measure_heads(heads_memory(*sizes), **request)
     if args.json:
         print_json(
             {

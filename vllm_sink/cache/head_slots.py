@@ -1,0 +1,341 @@
+"""KV caches of heads of two policies, in a model with other layers beside.
+
+As :mod:`vllm_sink.cache.head_caches`, but the pool of blocks is shared with layers
+that the policy doesn't govern: windows of the model's own, states. All pages are then
+as large as theirs. The heads of a worker, of all governed layers, are put into *slots*
+(:class:`HeadSlot`), entries of vLLM's ``static_forward_context`` that are no modules
+and compute nothing; a slot is a page of some heads for some tokens::
+
+    Attention "…layers.3.self_attn.attn"   no cache of its own
+      head 0  SlottedHead, streaming       in slot "…attn_streaming7",  group 1
+      head 1  SlottedHead, retrieval       in slot "…attn_retrieval2",  group 0
+      head 2  SlottedHead, streaming       in slot "…attn_streaming7",  group 1
+
+    a slot's cache [B, heads of a slot, N, 2D]
+
+* All governed layers "share" the KV cache of the first slot that has heads, vLLM's
+  cross-layer sharing: that gives them metadata and no memory.
+* Slots are named alike on all tensor-parallel ranks, whatever heads these hold, and
+  there are as many on each: ranks look alike to vLLM.
+* A slot's spec says which group of its kind it is in (``part``): to vLLM's grouping
+  these are layers of several kinds, and it makes a group of each.
+* How many layers there are beside, and of which page, is known when vLLM asks for
+  specs, after the model is built, so that is when heads get slots. A slot that is not
+  needed says that it has no cache.
+
+Where no layer has heads of both kinds no head has a slot: the layers' own specs
+differ, and slots without heads are added as padding alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_sink.cache.head_caches import HeadGroup, HeadGroups, refuse_layer
+from vllm_sink.cache.layers_beside import find_layers_beside
+from vllm_sink.cache.spec import SlotSpec
+from vllm_sink.engine import Engine
+from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.slots import (
+    SlotGrouping,
+    SlotMemory,
+    choose_slots,
+    counts_of_ranks,
+    slots_of,
+)
+
+
+class SlottedHead:
+    """Where one KV head of a layer is kept.
+
+    Args:
+        layer: The attention module whose head it is.
+        is_retrieval: Its kind.
+
+    Attributes:
+        slot: Where it is kept, once heads have slots.
+        place: Its place among the slot's heads.
+        readers: The modules that read it: its own first.
+    """
+
+    slot: HeadSlot
+    place: int
+
+    def __init__(self, layer: Attention, is_retrieval: bool) -> None:
+        self.readers = [layer]
+        self.is_retrieval = is_retrieval
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def group(self) -> HeadGroup:
+        return self.slot.group
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """[B, 1, N, 2D], a view of the slot's."""
+        whole = self.slot.kv_cache
+        if self._views is None or self._views[0] is not whole:
+            self._views = whole, whole[:, self.place : self.place + 1]
+        return self._views[1]
+
+
+class HeadSlot(AttentionLayerBase):
+    """A KV cache of some heads of one kind: a layer to the allocator, no module.
+
+    Args:
+        name: Its layer name.
+        groups: The engine's.
+        is_retrieval: The kind of its heads.
+        index: Its place among the slots of its kind.
+        backend: The backend class, which gives the spec its policy.
+
+    Attributes:
+        heads: The heads in it; none where it is padding.
+    """
+
+    group: HeadGroup
+    kv_cache: torch.Tensor  # [B, heads, N, 2D], bound by vLLM
+    is_drafters = False
+
+    def __init__(
+        self,
+        name: str,
+        groups: SlotGroups,
+        is_retrieval: bool,
+        index: int,
+        backend: type,
+    ) -> None:
+        self.layer_name = name
+        self.groups = groups
+        self.is_retrieval = is_retrieval
+        self.index = index
+        self.attn_backend = backend
+        self.heads: tuple[SlottedHead, ...] = ()
+        self.kv_cache = torch.tensor([])
+        # vLLM makes a metadata builder for each (backend, spec, num_heads): as the
+        # layers', which are in the first slot's group, so that one does.
+        self.num_heads = groups.layers[0].num_heads
+        self.impl = groups.layers[0].impl
+
+    @property
+    def owners(self) -> tuple[Attention, ...]:
+        """The attention modules that read it; none of padding."""
+        return tuple(dict.fromkeys(x for head in self.heads for x in head.readers))
+
+    def get_attn_backend(self) -> type:
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The spec of its heads; None where the slot is not needed."""
+        return self.groups.slot_spec(self, vllm_config)
+
+
+@dataclass(eq=False)
+class SlotGroups(HeadGroups):
+    """The slots and groups of heads of one engine, on one worker.
+
+    Args:
+        engine: The engine's record.
+        heads: The whole model's.
+        held: The heads of each layer that the worker holds.
+        counts: (retrieval, streaming) among every rank's heads, by the heads held.
+
+    Attributes:
+        layers: Governed layers that have keys of their own.
+        slots: By kind.
+    """
+
+    grouping: Any = None  # of the plan
+    engine: Engine | None = None
+    heads: HeadMap = field(default_factory=lambda: HeadMap(()))
+    held: range = range(0)
+    counts: dict[range, tuple[int, int]] = field(default_factory=dict)
+    layers: list[Attention] = field(default_factory=list)
+    slots: dict[bool, list[HeadSlot]] = field(default_factory=dict)
+    _plan: SlotMemory | None = None
+
+    @property
+    def first_kind(self) -> bool:
+        """The kind of the slot whose metadata the layers get."""
+        return self.counts[self.held][0] > 0
+
+    def plan(self, vllm_config: VllmConfig) -> SlotMemory:
+        """Where each head is kept: made when vLLM first asks for a slot's spec.
+
+        Once: vLLM settles its block size before, and changes it again after, to the
+        smallest of the groups'.
+        """
+        if self._plan is None:
+            self._plan = make_plan(self, vllm_config)
+            self._fill_slots(self._plan.grouping)
+        return self._plan
+
+    def _fill_slots(self, grouping: SlotGrouping) -> None:
+        if not self.heads.splits_layers:
+            return
+        share = grouping.heads_per_slot
+        for kind, slots in self.slots.items():
+            mine = [
+                head
+                for layer in self.layers
+                for head in layer.impl.heads
+                if head.is_retrieval == kind
+            ]
+            assert len(mine) <= share * len(slots), "as many slots as heads, and more"
+            for slot in slots:
+                slot.heads = tuple(mine[share * slot.index : share * (slot.index + 1)])
+                for place, head in enumerate(slot.heads):
+                    head.slot, head.place = slot, place
+
+    def slot_spec(self, slot: HeadSlot, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The spec of a slot, before it gets its policy; None: it is not needed."""
+        plan = self.plan(vllm_config)
+        grouping = plan.grouping
+        layer = self.layers[0].get_kv_cache_spec(vllm_config)
+        if not self.heads.splits_layers:
+            filled = self.counts[self.held][0 if slot.is_retrieval else 1]
+            needed = grouping.num_slots(slot.is_retrieval) - filled
+            return layer if slot.index < needed else None
+        if slot.index >= grouping.num_slots(slot.is_retrieval):
+            return None
+        assert type(layer) is FullAttentionSpec, layer
+        known = {entry.name: getattr(layer, entry.name) for entry in fields(layer)}
+        known |= {
+            "num_kv_heads": grouping.heads_per_slot,
+            "block_size": grouping.tokens_per_block,
+            "page_size_padded": (plan.page_bytes if plan.padding_bytes else None),
+        }
+        return SlotSpec(**known, part=slot.index // grouping.size)
+
+
+def make_plan(groups: SlotGroups, vllm_config: VllmConfig) -> SlotMemory:
+    """Groups, slots and a request's memory of a worker whose layers are all built."""
+    assert groups.engine is not None
+    config, heads = groups.engine.config, groups.heads
+    spec = groups.layers[0].get_kv_cache_spec(vllm_config)
+    assert isinstance(spec, FullAttentionSpec), spec
+    unit_bytes = spec.unpadded_page_size_bytes // spec.block_size
+    if heads.splits_layers:
+        unit_bytes //= spec.num_kv_heads
+    governed = [*groups.layers, *(slot for x in groups.slots.values() for slot in x)]
+    beside = find_layers_beside(vllm_config, set(governed), spec.page_size_bytes)
+    whole_block = beside.unified(spec.block_size, spec.page_size_bytes)
+    slots = [(1, whole_block)]
+    if heads.splits_layers:
+        slots = list(slots_of(beside.page_bytes, unit_bytes, spec.block_size))
+    grouping = choose_slots(
+        groups.counts.values(),
+        beside.layers,
+        config.policy,
+        config.retrieval_policy,
+        slots=slots,
+        is_divided=heads.splits_layers,
+    )
+    return SlotMemory(
+        grouping=grouping,
+        page_bytes=beside.page_bytes,
+        unit_bytes=unit_bytes,
+        counts=groups.counts[groups.held],
+        streaming=config.policy,
+        retrieval=config.retrieval_policy,
+        beside=beside.layers,
+        whole_layers=len(groups.layers),
+        whole_block=whole_block,
+    )
+
+
+def add_slots(
+    engine: Engine,
+    layer: Attention,
+    heads: HeadMap,
+    backend: type,
+    retrieval_backend: type,
+) -> None:
+    """Give a new layer's heads caches of their own, or the layer a policy as a whole.
+
+    Args:
+        layer: Registered in the current config's ``static_forward_context``.
+        heads: The whole model's.
+        backend, retrieval_backend: Of streaming heads and of retrieval heads.
+    """
+    vllm_config = get_current_vllm_config()
+    index = extract_layer_index(layer.layer_name)
+    refuse_layer(layer, index, heads)
+    if layer.sliding_window is not None:
+        layer.attn_backend = backend
+        return
+
+    def backend_of(kind: bool) -> type:
+        return retrieval_backend if kind else backend
+
+    context = vllm_config.compilation_config.static_forward_context
+    if (target := layer.kv_sharing_target_layer_name) is not None:
+        _follow(layer, context[target])
+        return
+    is_retrieval = heads.is_retrieval[index]
+    # Read by vLLM later, through get_attn_backend(): a class for a kind of spec.
+    layer.attn_backend = backend_of(is_retrieval[0])
+    if heads.is_uniform:
+        return
+    groups: SlotGroups | None = engine.head_groups
+    if groups is None:
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
+        held = range(1)
+        if heads.splits_layers:
+            held = heads_of_rank(rank, num_ranks, heads.num_kv_heads)
+        groups = SlotGroups(
+            engine=engine,
+            heads=heads,
+            held=held,
+            counts=counts_of_ranks(heads, num_ranks),
+            layers=[layer],
+        )
+        engine.head_groups = groups
+        _add_slots(groups, layer.layer_name, backend_of, context)
+    else:
+        groups.layers.append(layer)
+    if not heads.splits_layers:
+        return
+    first = groups.slots[groups.first_kind][0]
+    layer.attn_backend = first.attn_backend
+    layer.kv_sharing_target_layer_name = first.layer_name
+    layer.impl.heads = tuple(
+        SlottedHead(layer, is_retrieval[head]) for head in groups.held
+    )
+
+
+def _add_slots(groups: SlotGroups, name: str, backend_of: Any, context: dict) -> None:
+    """Enter slots, of which as many have caches as a later plan needs."""
+    counts = [count for both in groups.counts.values() for count in both]
+    # A plan rounds up to whole groups, which are no larger than a kind of heads or of
+    # other layers is numerous.
+    most = 2 * max(counts) + groups.heads.num_layers
+    for kind, word in ((True, "retrieval"), (False, "streaming")):
+        groups.slots[kind] = [
+            HeadSlot(f"{name}_{word}{i}", groups, kind, i, backend_of(kind))
+            for i in range(most)
+        ]
+        for slot in groups.slots[kind]:
+            assert slot.layer_name not in context, slot.layer_name
+            context[slot.layer_name] = slot
+
+
+def _follow(layer: Attention, owner: Attention) -> None:
+    """Let a layer that reads another's keys follow that one's heads."""
+    layer.attn_backend = owner.attn_backend
+    if owner.impl.heads is None:
+        return
+    layer.kv_sharing_target_layer_name = owner.kv_sharing_target_layer_name
+    layer.impl.heads = owner.impl.heads
+    for head in owner.impl.heads:
+        head.readers.append(layer)

@@ -1,0 +1,303 @@
+"""Groups of heads of two policies in a pool that other layers share: arithmetic.
+
+Layers that the policy doesn't govern (windows of their own, states) have groups in the
+same pool, whose pages are all as large as theirs. A *slot* is one page: it holds some
+heads for some tokens, ``heads_per_slot * tokens_per_block`` of them. A group is
+``size`` slots, or ``size`` layers, with one block table::
+
+    group     block of the pool
+    retrieval [heads 3, 7 | heads 8, padding]
+    streaming [heads 0, 1 | heads 2, 4      ]
+    window    [layer 0    | layer 2         ]
+    window    [layer 4    | padding         ]
+
+Where the policy governs all layers: :mod:`vllm_sink.policy.grouping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.layout import RetentionPolicy, cdiv
+
+# Each group costs time in the scheduler and in the planning of a step.
+MAX_GROUPS = 16
+# Request length that the grouping is optimised for, in tokens.
+LENGTH = 32_768
+# Memory that a grouping with fewer groups may take more than the best.
+SLACK = 1.05
+# Tokens of a block are a multiple of this: the kernels' tiles.
+GRANULE = 16
+
+
+@dataclass(frozen=True)
+class LayersBeside:
+    """Layers of one kind that the policy doesn't govern, on one worker.
+
+    Args:
+        num_layers: How many.
+        block_size: Tokens a block of theirs; 0 of states.
+        window: Tokens of their own window; None where they hold ``num_states``.
+        num_states: Blocks that a request holds, whatever its length (Mamba).
+        kept_bytes: What one layer keeps: of a token, or of all states.
+    """
+
+    num_layers: int
+    block_size: int
+    window: int | None = None
+    num_states: int = 0
+    kept_bytes: int = 0
+
+    def blocks(self, num_tokens: int, in_flight_tokens: int) -> int:
+        """Most blocks of a request in one group."""
+        if self.window is None:
+            return self.num_states
+        own = RetentionPolicy(0, self.window)
+        return own.max_blocks(in_flight_tokens, num_tokens, self.block_size)
+
+    def bytes_kept(self, num_tokens: int) -> int:
+        """Bytes of what all layers keep, without blocks."""
+        tokens = 1 if self.window is None else min(self.window, num_tokens)
+        return self.num_layers * self.kept_bytes * tokens
+
+
+@dataclass(frozen=True)
+class SlotGrouping:
+    """Groups of equal size; see :func:`choose_slots`.
+
+    Args:
+        size: Slots of a group, or layers.
+        num_retrieval, num_streaming: Groups of each kind of heads.
+        num_beside: Groups of each kind of layers beside.
+        heads_per_slot: Heads of a slot, or layers of it: one.
+        tokens_per_block: Tokens a block of theirs.
+    """
+
+    size: int
+    num_retrieval: int
+    num_streaming: int
+    num_beside: tuple[int, ...]
+    heads_per_slot: int
+    tokens_per_block: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_retrieval + self.num_streaming + sum(self.num_beside)
+
+    def num_slots(self, is_retrieval: bool) -> int:
+        """Slots of one kind, on every worker."""
+        return self.size * (self.num_retrieval if is_retrieval else self.num_streaming)
+
+    def request_blocks(
+        self, retrieval_blocks: int, streaming_blocks: int, beside: Sequence[int]
+    ) -> int:
+        """Pool blocks of a request with so many in a group of each kind."""
+        return (
+            self.num_retrieval * retrieval_blocks
+            + self.num_streaming * streaming_blocks
+            + sum(n * b for n, b in zip(self.num_beside, beside, strict=True))
+        )
+
+
+def has_layers_beside(is_hybrid: bool, heads: HeadMap) -> bool:
+    """Whether other layers share the pool, or some read another's keys.
+
+    Args:
+        is_hybrid: Some layers have states, maybe beside attention in the same layer.
+    """
+    return is_hybrid or not all(heads.is_retrieval)
+
+
+def vllm_group_size(counts: Iterable[int]) -> int:
+    """Layers of a group, of kinds with so many: the rule of vLLM 0.32 and 0.33.
+
+    The fewest; the most, where all are within half of each other.
+    """
+    counts = list(counts)
+    most, fewest = max(counts), min(counts)
+    return most if most < 1.5 * fewest else fewest
+
+
+def choose_slots(
+    counts: Iterable[tuple[int, int]],
+    beside: Sequence[LayersBeside],
+    streaming: RetentionPolicy,
+    retrieval: RetentionPolicy | None,
+    *,
+    slots: Iterable[tuple[int, int]],
+    is_divided: bool = True,
+) -> SlotGrouping:
+    """The groups that hold a request of :data:`LENGTH` tokens in the least memory.
+
+    Args:
+        counts: (retrieval heads, streaming heads) of each worker; or layers.
+        beside: The layers beside, of each kind.
+        streaming, retrieval: Policies; None keeps everything.
+        slots: (heads, tokens) that a page of the pool may hold; of :func:`slots_of`.
+        is_divided: vLLM is told of every group as of a kind of its own, so that it
+            makes a group of each, of any size. False: of two kinds, which it divides.
+    """
+    most = _most(counts)
+    options: list[tuple[int, int, int, SlotGrouping]] = []
+    for heads, tokens in slots:
+        needed = [cdiv(count, heads) for count in most]
+        besides = [layers.blocks(LENGTH, 1) for layers in beside]
+        for size in range(1, max(*needed, *(x.num_layers for x in beside)) + 1):
+            num_retrieval, num_streaming = (cdiv(count, size) for count in needed)
+            kinds = [size] * (num_retrieval + num_streaming)
+            if not is_divided:
+                kinds = [size * n for n in (num_retrieval, num_streaming) if n]
+            kinds += [layers.num_layers for layers in beside]
+            if vllm_group_size(kinds) != size:
+                continue
+            grouping = SlotGrouping(
+                size,
+                num_retrieval,
+                num_streaming,
+                tuple(cdiv(layers.num_layers, size) for layers in beside),
+                heads,
+                tokens,
+            )
+            pages = size * grouping.request_blocks(
+                held_blocks(retrieval, LENGTH, 1, tokens),
+                held_blocks(streaming, LENGTH, 1, tokens),
+                besides,
+            )
+            options.append((pages, grouping.num_groups, -tokens, grouping))
+    few = [option for option in options if option[1] <= MAX_GROUPS]
+    if not few:
+        return min(options, key=lambda option: option[1:3])[3]
+    best = min(few)[0]
+    near = [option for option in few if option[0] <= SLACK * best]
+    return min(near, key=lambda option: (option[1], option[0], option[2]))[3]
+
+
+def slots_of(
+    page_bytes: int, token_bytes: int, block_size: int
+) -> Iterator[tuple[int, int]]:
+    """(heads, tokens) that fit a page of the pool.
+
+    The tokens divide the engine's block size or are a multiple of it, so that prefix
+    hits, which end where a block of every group does, end as often as without.
+
+    Args:
+        page_bytes: Bytes of a page.
+        token_bytes: Bytes of K and V of one token in one head.
+        block_size: The engine's tokens a block.
+    """
+    most = page_bytes // token_bytes  # tokens of one head
+    divisors = [n for n in range(GRANULE, block_size, GRANULE) if block_size % n == 0]
+    found = {}
+    for tokens in (*divisors, *range(block_size, most + 1, block_size)):
+        if heads := most // tokens:
+            found[heads] = tokens  # the longest block for so many heads
+    yield from found.items()
+
+
+def held_blocks(
+    policy: RetentionPolicy | None,
+    num_tokens: int,
+    in_flight_tokens: int,
+    block_size: int,
+) -> int:
+    """Most blocks of a request in a group under ``policy``; None keeps everything."""
+    if policy is None:
+        return cdiv(num_tokens, block_size)
+    return policy.max_blocks(in_flight_tokens, num_tokens, block_size)
+
+
+def _most(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The most of each kind on a worker."""
+    counts = list(counts)
+    return max(count for count, _ in counts), max(count for _, count in counts)
+
+
+def counts_of_ranks(heads: HeadMap, num_ranks: int) -> dict[range, tuple[int, int]]:
+    """(retrieval, streaming) among the heads that each tensor-parallel rank holds.
+
+    Layers are counted instead of heads where no layer is split.
+    """
+    held = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
+    counts = {}
+    for mine in held if heads.splits_layers else [range(1)]:
+        retrieval = heads.count(mine)
+        total = heads.num_governed_layers * len(mine)
+        counts[mine] = retrieval, total - retrieval
+    return counts
+
+
+@dataclass(frozen=True)
+class SlotMemory:
+    """Memory of one request on a worker whose pool other layers share.
+
+    Args:
+        grouping: The worker's groups.
+        page_bytes: Bytes of a slot.
+        unit_bytes: Bytes of one token in one head (or layer, where none is split).
+        counts: Its (retrieval, streaming) heads, or layers.
+        streaming: The streaming heads' policy.
+        retrieval: The retrieval heads'; None keeps everything.
+        beside: The layers beside, of each kind.
+        whole_layers, whole_block: Governed layers, and tokens of a block of theirs
+            under stock attention.
+    """
+
+    grouping: SlotGrouping
+    page_bytes: int
+    unit_bytes: int
+    counts: tuple[int, int]
+    streaming: RetentionPolicy
+    retrieval: RetentionPolicy | None
+    beside: tuple[LayersBeside, ...]
+    whole_layers: int
+    whole_block: int
+
+    @property
+    def pool_block_bytes(self) -> int:
+        """Bytes of one block of the pool."""
+        return self.grouping.size * self.page_bytes
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block of the heads."""
+        return self.grouping.tokens_per_block
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of a slot that no head fills."""
+        grouping = self.grouping
+        heads = grouping.heads_per_slot * grouping.tokens_per_block * self.unit_bytes
+        return self.page_bytes - heads
+
+    def blocks(self, num_tokens: int, in_flight_tokens: int = 1) -> int:
+        """Most pool blocks of a request of ``num_tokens``, prompt and answer."""
+        request = num_tokens, in_flight_tokens
+        return self.grouping.request_blocks(
+            held_blocks(self.retrieval, *request, self.block_size),
+            held_blocks(self.streaming, *request, self.block_size),
+            [layers.blocks(*request) for layers in self.beside],
+        )
+
+    def bytes(self, num_tokens: int, in_flight_tokens: int = 1) -> int:
+        return self.pool_block_bytes * self.blocks(num_tokens, in_flight_tokens)
+
+    def kept_bytes(self, num_tokens: int) -> int:
+        """Bytes of the tokens and states that heads and layers keep, without blocks."""
+        tokens = 0
+        policies = self.retrieval, self.streaming
+        for count, policy in zip(self.counts, policies, strict=True):
+            kept = num_tokens if policy is None else min(policy.budget, num_tokens)
+            tokens += count * kept
+        beside = sum(layers.bytes_kept(num_tokens) for layers in self.beside)
+        return tokens * self.unit_bytes + beside
+
+    def dense_bytes(self, num_tokens: int) -> int:
+        """Bytes of a request under stock attention, in its own groups."""
+        counts = [self.whole_layers, *(layers.num_layers for layers in self.beside)]
+        held = [cdiv(num_tokens, self.whole_block)]
+        held += [layers.blocks(num_tokens, 1) for layers in self.beside]
+        size = vllm_group_size(counts)
+        groups = (cdiv(count, size) for count in counts)
+        return self.page_bytes * size * sum(map(int.__mul__, groups, held))
