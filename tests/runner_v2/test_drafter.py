@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers.drafters import save_eagle, save_guessable
-from tests.helpers.engine import core
+from tests.helpers.drafters import save_eagle, save_guessable, save_mtp
+from tests.helpers.engine import core, managers
 from tests.helpers.random_llama import save_llama
 from tests.runner_v2.graphs import replay_graphs
 from tests.runner_v2.serving import SMALL, ask, assert_same, random_tokens, serving
@@ -93,3 +93,32 @@ def test_eagle(tmp_path, monkeypatch):
         steps = count_steps(llm, monkeypatch)
         assert_same(ask(llm, PROMPTS, 12), want)
     assert len(steps) < len(steps_alone)
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory) -> str:
+    return save_mtp(tmp_path_factory.mktemp("mtp"), **(SMALL | HEADS))
+
+
+@pytest.mark.parametrize("method", ["eagle", "mtp"])
+def test_beside_retrieval_heads(method, with_mtp, tmp_path, monkeypatch):
+    """A drafter's heads stream (EAGLE) or keep everything (MTP), in one group."""
+    policy = {"retrieval_heads": [[1, 0], [0, 0], [0, 1]]}
+    with serving(with_mtp, "v1", policy=policy) as llm:
+        steps_alone = count_steps(llm, monkeypatch)
+        want = ask(llm, PROMPTS, 16)
+    eagle = save_eagle(tmp_path, **(SMALL | HEADS)) if method == "eagle" else with_mtp
+    speculation = {"method": method, "model": eagle}
+    speculation["num_speculative_tokens"] = NUM_DRAFTS
+    with serving(with_mtp, "v2", policy=policy, speculative_config=speculation) as llm:
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        own = [any(".3." in name for name in group.layer_names) for group in groups]
+        assert sum(own) == 1
+        kind = type(managers(llm)[own.index(True)]).__name__
+        assert kind == ("SinkManager" if method == "eagle" else "RetrievalManager")
+        steps = count_steps(llm, monkeypatch)
+        assert_same(ask(llm, PROMPTS, 16), want)
+        assert len(steps) < len(steps_alone)

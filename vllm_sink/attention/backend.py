@@ -30,8 +30,10 @@ from vllm.v1.kv_cache_interface import (
 from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
+from vllm_sink.cache.draft_heads import add_drafters
 from vllm_sink.cache.head_caches import add_companions
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
+from vllm_sink.cache.workers import is_building_drafter
 from vllm_sink.engine import Engine
 from vllm_sink.rotation.measure import measure_loaded_model
 
@@ -238,7 +240,8 @@ def place_layer(engine: Engine, layer: Any) -> None:
     if heads is None or not heads.num_retrieval_heads or not is_plain:
         layer.attn_backend = bound(backend, engine, is_retrieval=False)
         return
-    add_companions(
+    is_drafters = is_building_drafter(engine.vllm_config)
+    (add_drafters if is_drafters else add_companions)(
         engine,
         layer,
         heads,
