@@ -204,7 +204,7 @@ def test_one_policy_for_all(monkeypatch):
 
 
 def test_uneven_stages(monkeypatch):
-    """5, 1, 0 and 2 retrieval heads of 6 on a worker: each gets 5 and twice 5 places."""
+    """5, 1, 0 and 2 retrieval heads of 6 on a worker: 5 places for them, 10 others."""
     configs, contexts = plan(monkeypatch, UNEVEN)
     check_groups(configs, contexts)
     assert Counter(kinds_of(configs[0])) == {RetrievalSpec: 1, SinkSpec: 2}
