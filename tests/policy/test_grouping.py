@@ -97,6 +97,7 @@ def test_workers_hold_heads_of_their_rank_and_stage():
     counts |= {(1, low): (2, 4), (1, high): (0, 6)}
     assert workers == Workers(counts, 4)
     assert workers.grouping == Grouping(4, 1, 2)
+    assert [workers.grouping.num_of_kind(kind) for kind in (True, False)] == [1, 2]
     draft = DraftHeads(1, 1, is_retrieval=True)  # both ranks hold its head
     counts |= {(1, low): (3, 0), (1, high): (1, 2)}
     assert heads_of_workers(heads, 2, stages, draft) == Workers(counts, 1)
@@ -110,7 +111,6 @@ def test_layers_are_counted_where_none_is_split():
     workers = heads_of_workers(layers, 2, [range(2), range(2, 3)], draft)
     counts = {(0, range(1)): (1, 1), (1, range(1)): (2, 1)}
     assert workers == Workers(counts, 2)
-    assert [workers.grouping.num_of_kind(kind) for kind in (True, False)] == [1, 1]
 
 
 def test_a_drafters_heads_fit_into_one_group():
