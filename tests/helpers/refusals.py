@@ -120,13 +120,17 @@ _HEADS = {
 }
 
 
-def _with_heads(heads, method: str, head_size: int, kv_heads: int) -> dict[str, Any]:
+def _with_heads(
+    heads, method: str, head_size: int = 64, kv_heads: int = 2, **changes
+) -> dict[str, Any]:
     model = SimpleNamespace(
-        get_head_size=lambda: head_size, get_total_num_kv_heads=lambda: kv_heads
+        hf_config=SimpleNamespace(model_type="llama"),
+        get_head_size=lambda: head_size,
+        get_total_num_kv_heads=lambda: kv_heads,
     )
     return _HEADS | {
         "additional_config": {"sink": {"retrieval_heads": heads}},
-        "speculative_config": drafter(method, draft_model_config=model),
+        "speculative_config": drafter(method, draft_model_config=model, **changes),
     }
 
 
@@ -305,9 +309,16 @@ CASES = [
     Case(
         "draft model beside retrieval heads",
         "speculative_config.method",
-        _with_heads([[1, 0], [0, 0]], "draft_model", 64, 2),
+        _with_heads([[1, 0], [0, 0]], "draft_model"),
         "method must be one of ngram, ngram_gpu, suffix, eagle, eagle3, mtp with .* "
         "got 'draft_model', whose layers are too many .*; draft with one of them",
+    ),
+    Case(
+        "drafter's batch in new places beside retrieval heads",
+        "speculative_config.disable_padded_drafter_batch",
+        _with_heads([[1, 0], [0, 0]], "mtp", disable_padded_drafter_batch=True),
+        "disable_padded_drafter_batch must be false with sink.retrieval_heads .* got "
+        "true; take it out of --speculative-config",
     ),
     Case(
         "drafter under another backend",

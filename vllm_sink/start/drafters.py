@@ -75,6 +75,14 @@ def check_drafter_beside(engine: Engine, beside: str) -> None:
     model = engine.vllm_config.model_config
     if speculative.method in MODEL_FREE_DRAFTERS or model is None:
         return
+    for name in ("disable_padded_drafter_batch", "parallel_drafting"):
+        must(
+            not getattr(speculative, name, False),
+            f"speculative_config.{name}",
+            f"be false {beside}: a drafter's slots must stay where they are",
+            "true",
+            "take it out of --speculative-config",
+        )
     own, other = (
         _shape(config, heads.splits_layers)
         for config in (speculative.draft_model_config, model)
