@@ -77,8 +77,9 @@ def save_mtp(folder: Path, **config) -> str:
     weights = load_file(folder / "model.safetensors")
     make_guessable(weights)
     size, own = facts["hidden_size"], "model.mtp_layers.0."
-    for name in [name for name in weights if name.startswith("model.layers.2.")]:
-        weights[own + name.removeprefix("model.layers.2.")] = weights[name].clone()
+    last = f"model.layers.{facts['num_hidden_layers'] - 1}."
+    for name in [name for name in weights if name.startswith(last)]:
+        weights[own + name.removeprefix(last)] = weights[name].clone()
     for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
         weights[f"{own}{name}.weight"] = torch.ones(size)
     mix = torch.randn(size, size, generator=torch.Generator().manual_seed(1)) * 0.02

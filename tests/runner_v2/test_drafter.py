@@ -95,30 +95,40 @@ def test_eagle(tmp_path, monkeypatch):
     assert len(steps) < len(steps_alone)
 
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+TWO_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+POLICY = {"retrieval_heads": [[1, 0], [0, 0]]}
 
 
 @pytest.fixture(scope="module")
 def with_mtp(tmp_path_factory) -> str:
-    return save_mtp(tmp_path_factory.mktemp("mtp"), **(SMALL | HEADS))
+    return save_mtp(tmp_path_factory.mktemp("mtp"), **(SMALL | TWO_HEADS))
+
+
+@pytest.fixture(scope="module")
+def want_of_heads(with_mtp):
+    """(replies, number of steps) without speculation, on runner V1."""
+    with (
+        serving(with_mtp, "v1", policy=POLICY) as llm,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        steps = count_steps(llm, m)
+        return ask(llm, PROMPTS[:1], 16), len(steps)
 
 
 @pytest.mark.parametrize("method", ["eagle", "mtp"])
-def test_beside_retrieval_heads(method, with_mtp, tmp_path, monkeypatch):
+def test_beside_retrieval_heads(method, with_mtp, want_of_heads, tmp_path, monkeypatch):
     """A drafter's heads stream (EAGLE) or keep everything (MTP), in one group."""
-    policy = {"retrieval_heads": [[1, 0], [0, 0], [0, 1]]}
-    with serving(with_mtp, "v1", policy=policy) as llm:
-        steps_alone = count_steps(llm, monkeypatch)
-        want = ask(llm, PROMPTS, 16)
-    eagle = save_eagle(tmp_path, **(SMALL | HEADS)) if method == "eagle" else with_mtp
-    speculation = {"method": method, "model": eagle}
-    speculation["num_speculative_tokens"] = NUM_DRAFTS
-    with serving(with_mtp, "v2", policy=policy, speculative_config=speculation) as llm:
+    want, num_steps_alone = want_of_heads
+    speculation = {"method": method, "num_speculative_tokens": NUM_DRAFTS}
+    speculation["model"] = with_mtp
+    if method == "eagle":
+        speculation["model"] = save_eagle(tmp_path, **(SMALL | TWO_HEADS))
+    with serving(with_mtp, "v2", policy=POLICY, speculative_config=speculation) as llm:
         groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
-        own = [any(".3." in name for name in group.layer_names) for group in groups]
+        own = [any(".2." in name for name in group.layer_names) for group in groups]
         assert sum(own) == 1
         kind = type(managers(llm)[own.index(True)]).__name__
         assert kind == ("SinkManager" if method == "eagle" else "RetrievalManager")
         steps = count_steps(llm, monkeypatch)
-        assert_same(ask(llm, PROMPTS, 16), want)
-        assert len(steps) < len(steps_alone)
+        assert_same(ask(llm, PROMPTS[:1], 16), want)
+        assert len(steps) < num_steps_alone
