@@ -63,7 +63,6 @@ def stub_config(**changes: Any) -> SimpleNamespace:
         compilation_config=Config(static_forward_context={}),
         kv_transfer_config=None,
         speculative_config=None,
-        use_v2_model_runner=True,
         cache_config=SimpleNamespace(sliding_window=None, enable_prefix_caching=True),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=None),
         model_config=SimpleNamespace(
@@ -306,13 +305,6 @@ CASES = [
         "speculative_config.model",
         _with_heads([[1, 1], [0, 0]], "mtp", 64, 1),
         "model must have .* got 1 KV heads of 64, not 2 KV heads of 64; draft",
-    ),
-    Case(
-        "drafter beside retrieval heads on model runner V1",
-        "speculative_config.method",
-        _with_heads([[1, 0], [0, 0]], "eagle") | {"use_v2_model_runner": False},
-        "method must be one of ngram, ngram_gpu, suffix with .* on model runner V1, "
-        "got 'eagle'; draft with n-grams, or set VLLM_USE_V2_MODEL_RUNNER=1",
     ),
     Case(
         "draft model beside retrieval heads",

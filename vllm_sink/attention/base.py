@@ -125,6 +125,9 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             vllm_config, AttentionLayerBase, layer_names
         )
         heads = [x for x in layers.values() if isinstance(x, HeadCache)]
+        if not heads:  # V1 makes a drafter's builder for its first layer's name alone
+            impls = [layer.impl for layer in self.layers.values()]
+            heads = [x for impl in impls for x in getattr(impl, "heads", None) or ()]
         real = [head for head in heads if not isinstance(head, Padding)]
         # All of its heads are a drafter's; their layers read no other group.
         self.is_drafters = bool(real) and all(head.is_drafters for head in real)

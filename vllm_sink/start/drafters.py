@@ -75,13 +75,6 @@ def check_drafter_beside(engine: Engine, beside: str) -> None:
     model = engine.vllm_config.model_config
     if speculative.method in MODEL_FREE_DRAFTERS or model is None:
         return
-    must(
-        engine.vllm_config.use_v2_model_runner,
-        "speculative_config.method",
-        f"be one of {', '.join(MODEL_FREE_DRAFTERS)} {beside} on model runner V1",
-        repr(speculative.method),
-        "draft with n-grams, or set VLLM_USE_V2_MODEL_RUNNER=1 on a GPU",
-    )
     for name in ("disable_padded_drafter_batch", "parallel_drafting"):
         must(
             not getattr(speculative, name, False),
