@@ -11,8 +11,9 @@ from tests.helpers.drafters import (
     group_kinds,
     save_eagle,
     save_guessable,
+    save_mtp,
 )
-from tests.helpers.engine import core, model_runner, sink_engine
+from tests.helpers.engine import core, managers, model_runner, sink_engine
 from vllm_sink.policy.layout import RetentionPolicy
 
 SINKS, WINDOW, BLOCK, DRAFTS = 4, 44, 16, 3
@@ -86,6 +87,37 @@ def test_tokens_and_memory(method, folder, folders, prompts, plain):
     if folder == "target":
         assert accepted == drafted > 60
     assert 0 < most <= MOST_BLOCKS
+
+
+# 3 layers x 2 KV heads: of streaming heads there are several groups, then of others.
+FEW, MANY = [[1, 0], [0, 0], [0, 0]], [[1, 1], [1, 1], [0, 0]]
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory) -> str:
+    return save_mtp(tmp_path_factory.mktemp("mtp"))
+
+
+@pytest.mark.parametrize(
+    "method, heads, kind",
+    [("eagle", FEW, "SinkManager"), ("mtp", MANY, "RetrievalManager")],
+)
+def test_beside_retrieval_heads(method, heads, kind, folders, with_mtp, prompts):
+    """A drafter's heads are of one kind and in one group of several."""
+    target = with_mtp if method == "mtp" else folders["target"]
+    speculative = {"method": method, "model": folders.get(method, with_mtp)}
+    settings = {"retrieval": {"heads": heads}}
+    with engine(target, None, **settings) as llm:
+        want = generate(llm, prompts, PARAMS)[0]
+    with engine(target, speculative, **settings) as llm:
+        managers_by_group = managers(llm)
+        (own,) = model_runner(llm).drafter.draft_attn_groups
+        manager = managers_by_group[own.kv_cache_group_id]
+        assert type(manager).__name__ == kind
+        assert sum(type(other) is type(manager) for other in managers_by_group) > 1
+        tokens, drafted, accepted, _ = generate(llm, prompts, PARAMS)
+    assert tokens == want
+    assert 0 < accepted <= drafted
 
 
 def test_on_cuda_the_drafter_is_placed_as_well(folders, prompts, plain, as_on_cuda):

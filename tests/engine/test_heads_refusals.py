@@ -34,7 +34,6 @@ NAN[7][1] = math.nan
             {"kv_sharing_fast_prefill": True},
             "kv_sharing_fast_prefill must be false .* drop --kv-sharing-fast-prefill",
         ),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1 .* got 2; "),
         (
             {"hf_overrides": {"layer_types": ["sliding_attention"] * 30}},
             "retrieval_heads must be left out .* without a layer of full attention, .* "

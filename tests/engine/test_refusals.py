@@ -125,8 +125,7 @@ def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
         )
         changes = {
             "additional_config": {"sink": section},
-            "parallel_config__pipeline_parallel_size": 2,
-            "cache_config__kv_sharing_fast_prefill": False,
+            "cache_config__kv_sharing_fast_prefill": True,
             "model_config__hf_text_config": text,
             "model_config__get_total_num_hidden_layers": lambda: 2,
             "model_config__get_total_num_kv_heads": lambda: 2,
@@ -135,7 +134,7 @@ def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
         engine = stub_engine(**changes, model_config__max_model_len=64)
         assert not refusals(engine) and engine.config == SinkConfig(4, 64)
     engine = stub_engine(**changes, model_config__max_model_len=8192)
-    assert refusals(engine)["_retrieval_heads"].startswith("pipeline_parallel_size")
+    assert refusals(engine)["_retrieval_heads"].startswith("kv_sharing_fast_prefill")
 
 
 def test_heads_beside_layers_of_other_kinds():

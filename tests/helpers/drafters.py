@@ -1,9 +1,11 @@
 """Drafters for the tests, and counts of their accepted drafts."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.helpers.engine import core, run_steps
 from tests.helpers.random_llama import save_llama
@@ -25,13 +27,17 @@ def save_guessable(folder: Path, **config) -> str:
     """
     path = Path(save_llama(folder, **(TARGET | config)))
     weights = load_file(path / "model.safetensors")
+    make_guessable(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def make_guessable(weights: dict[str, torch.Tensor]) -> None:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(weights["lm_head.weight"].shape, generator=generator)
     weights["model.embed_tokens.weight"] = rows * 0.5
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))
     weights["lm_head.weight"] = rows[order].contiguous()
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return str(path)
 
 
 def save_eagle(folder: Path, **config) -> str:
@@ -56,6 +62,30 @@ def save_eagle(folder: Path, **config) -> str:
     weights["fc.weight"] = torch.cat([torch.eye(hidden), mix], dim=1)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return str(path)
+
+
+def save_mtp(folder: Path, **config) -> str:
+    """The folder of a MiMo, a Qwen2 with an MTP layer that often guesses right."""
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"max_position_embeddings": 1024, "initializer_range": 0.15}
+    model = Qwen2ForCausalLM(Qwen2Config(**(TARGET | shape | config)))
+    model.save_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text())
+    facts |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(facts))
+    weights = load_file(folder / "model.safetensors")
+    make_guessable(weights)
+    size, own = facts["hidden_size"], "model.mtp_layers.0."
+    last = f"model.layers.{facts['num_hidden_layers'] - 1}."
+    for name in [name for name in weights if name.startswith(last)]:
+        weights[own + name.removeprefix(last)] = weights[name].clone()
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"{own}{name}.weight"] = torch.ones(size)
+    mix = torch.randn(size, size, generator=torch.Generator().manual_seed(1)) * 0.02
+    weights[f"{own}input_proj.weight"] = torch.cat([mix, torch.eye(size)], dim=1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 def group_kinds(llm) -> list[str]:

@@ -19,7 +19,9 @@ def drafter(method: str, **changes: Any) -> SimpleNamespace:
         attention_backend=None,
         target_model_config=None,
         draft_model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(model_type="llama")
+            hf_config=SimpleNamespace(model_type="llama"),
+            get_head_size=lambda: 64,
+            get_total_num_kv_heads=lambda: 2,
         ),
         use_gemma4_mtp=lambda: False,
         use_step3p5_mtp=lambda: False,
@@ -73,6 +75,8 @@ def stub_config(**changes: Any) -> SimpleNamespace:
             is_hybrid=False,
             is_mm_prefix_lm=False,
             attention_chunk_size=None,
+            get_head_size=lambda: 64,
+            get_total_num_kv_heads=lambda: 2,
             hf_config=SimpleNamespace(),
             hf_text_config=SimpleNamespace(),
         ),
@@ -119,6 +123,31 @@ BESIDE = {
     "model_config__max_model_len": 8192,
     "cache_config__kv_sharing_fast_prefill": False,
 }
+
+
+_HEADS = {
+    "model_config__hf_text_config": SimpleNamespace(num_attention_heads=4),
+    "model_config__get_total_num_hidden_layers": lambda: 2,
+    "model_config__get_sliding_window": lambda: None,
+    "model_config__max_model_len": 8192,
+    "cache_config__kv_sharing_fast_prefill": False,
+}
+
+
+def _with_heads(
+    heads, method: str, head_size: int = 64, kv_heads: int = 2, **changes
+) -> dict[str, Any]:
+    model = SimpleNamespace(
+        hf_config=SimpleNamespace(model_type="llama"),
+        get_head_size=lambda: head_size,
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+    return _HEADS | {
+        "additional_config": {"sink": {"retrieval_heads": heads}},
+        "speculative_config": drafter(method, draft_model_config=model, **changes),
+    }
+
+
 _MIXED = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
 
 CASES = [
@@ -277,6 +306,33 @@ CASES = [
         "speculative_config.method",
         {"speculative_config": drafter("mtp", use_gemma4_mtp=lambda: True)},
         "method must be one of .* got 'mtp'",
+    ),
+    Case(
+        "drafter with larger heads beside retrieval heads",
+        "speculative_config.model",
+        _with_heads([[1, 0], [0, 0]], "eagle", 128, 2),
+        "model must have KV heads like those .* with sink.retrieval_heads .* got heads "
+        "of 128, not heads of 64; draft with n-grams or drop --speculative-config",
+    ),
+    Case(
+        "drafter with fewer heads beside whole layers",
+        "speculative_config.model",
+        _with_heads([[1, 1], [0, 0]], "mtp", 64, 1),
+        "model must have .* got 1 KV heads of 64, not 2 KV heads of 64; draft",
+    ),
+    Case(
+        "draft model beside retrieval heads",
+        "speculative_config.method",
+        _with_heads([[1, 0], [0, 0]], "draft_model"),
+        "method must be one of ngram, ngram_gpu, suffix, eagle, eagle3, mtp with .* "
+        "got 'draft_model', whose layers are too many .*; draft with one of them",
+    ),
+    Case(
+        "drafter's batch in new places beside retrieval heads",
+        "speculative_config.disable_padded_drafter_batch",
+        _with_heads([[1, 0], [0, 0]], "mtp", disable_padded_drafter_batch=True),
+        "disable_padded_drafter_batch must be false with sink.retrieval_heads .* got "
+        "true; take it out of --speculative-config",
     ),
     Case(
         "drafter under another backend",

@@ -9,11 +9,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sink.cache.spec import SinkSpec
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.grouping import (
     MAX_GROUPS,
     Grouping,
     RequestMemory,
+    Workers,
     choose_grouping,
+    heads_held,
     heads_of_workers,
 )
 from vllm_sink.policy.head_map import HeadMap
@@ -75,15 +78,45 @@ def test_choice(counts, expected):
     assert choose_grouping(counts) == expected
 
 
-def test_a_rank_counts_its_own_heads_and_knows_the_others():
+def test_workers_hold_heads_of_their_rank_and_stage():
     heads = HeadMap(((True, False, False, True), (True, True, False, False)))
-    counts = {range(0, 2): (3, 1), range(2, 4): (1, 3)}
-    for rank in range(2):
-        assert heads_of_workers(heads, 2, rank) == (list(counts)[rank], counts)
-    # Where no layer is split, layers are counted, on all ranks alike.
+    low, high = range(0, 2), range(2, 4)
+    assert [heads_held(heads, 2, rank) for rank in range(2)] == [low, high]
+    assert heads_of_workers(heads, 2).counts == {(0, low): (3, 1), (0, high): (1, 3)}
+    stages = [range(1), range(1, 2)]
+    counts = {
+        (0, low): (1, 1),
+        (1, low): (2, 0),
+        (0, high): (1, 1),
+        (1, high): (0, 2),
+    }
+    assert heads_of_workers(heads, 2, stages).counts == counts
+    # A drafter's two layers of four heads are beside the last stage's.
+    draft = DraftHeads(2, 4, is_retrieval=False)
+    workers = heads_of_workers(heads, 2, stages, draft)
+    counts |= {(1, low): (2, 4), (1, high): (0, 6)}
+    assert workers == Workers(counts, 4)
+    assert workers.grouping == Grouping(4, 1, 2)
+    assert [workers.grouping.num_of_kind(kind) for kind in (True, False)] == [1, 2]
+    draft = DraftHeads(1, 1, is_retrieval=True)  # both ranks hold its head
+    counts |= {(1, low): (3, 0), (1, high): (1, 2)}
+    assert heads_of_workers(heads, 2, stages, draft) == Workers(counts, 1)
+
+
+def test_layers_are_counted_where_none_is_split():
     layers = HeadMap(((True, True), (False, False), (False, False)))
-    for rank in range(2):
-        assert heads_of_workers(layers, 2, rank) == (range(1), {range(1): (1, 2)})
+    assert [heads_held(layers, 2, rank) for rank in range(2)] == [range(1)] * 2
+    assert heads_of_workers(layers, 2).counts == {(0, range(1)): (1, 2)}
+    draft = DraftHeads(2, 2, is_retrieval=True)
+    workers = heads_of_workers(layers, 2, [range(2), range(2, 3)], draft)
+    counts = {(0, range(1)): (1, 1), (1, range(1)): (2, 1)}
+    assert workers == Workers(counts, 2)
+
+
+def test_a_drafters_heads_fit_into_one_group():
+    assert choose_grouping([(1, 30)]) == Grouping(5, 1, 6)
+    assert choose_grouping([(1, 30)], 8) == Grouping(8, 1, 4)
+    assert choose_grouping([(20, 30)], 8) == choose_grouping([(20, 30)])
 
 
 def test_half_of_the_heads_take_little_more_than_half_the_memory():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers.drafters import save_eagle, save_guessable
-from tests.helpers.engine import core
+from tests.helpers.drafters import save_eagle, save_guessable, save_mtp
+from tests.helpers.engine import core, managers
 from tests.helpers.random_llama import save_llama
 from tests.runner_v2.graphs import replay_graphs
 from tests.runner_v2.serving import SMALL, ask, assert_same, random_tokens, serving
@@ -93,3 +93,42 @@ def test_eagle(tmp_path, monkeypatch):
         steps = count_steps(llm, monkeypatch)
         assert_same(ask(llm, PROMPTS, 12), want)
     assert len(steps) < len(steps_alone)
+
+
+TWO_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+POLICY = {"retrieval_heads": [[1, 0], [0, 0]]}
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory) -> str:
+    return save_mtp(tmp_path_factory.mktemp("mtp"), **(SMALL | TWO_HEADS))
+
+
+@pytest.fixture(scope="module")
+def want_of_heads(with_mtp):
+    """(replies, number of steps) without speculation, on runner V1."""
+    with (
+        serving(with_mtp, "v1", policy=POLICY) as llm,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        steps = count_steps(llm, m)
+        return ask(llm, PROMPTS[:1], 16), len(steps)
+
+
+@pytest.mark.parametrize("method", ["eagle", "mtp"])
+def test_beside_retrieval_heads(method, with_mtp, want_of_heads, tmp_path, monkeypatch):
+    """A drafter's heads stream (EAGLE) or keep everything (MTP), in one group."""
+    want, num_steps_alone = want_of_heads
+    speculation = {"method": method, "num_speculative_tokens": NUM_DRAFTS}
+    speculation["model"] = with_mtp
+    if method == "eagle":
+        speculation["model"] = save_eagle(tmp_path, **(SMALL | TWO_HEADS))
+    with serving(with_mtp, "v2", policy=POLICY, speculative_config=speculation) as llm:
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        own = [any(".2." in name for name in group.layer_names) for group in groups]
+        assert sum(own) == 1
+        kind = type(managers(llm)[own.index(True)]).__name__
+        assert kind == ("SinkManager" if method == "eagle" else "RetrievalManager")
+        steps = count_steps(llm, monkeypatch)
+        assert_same(ask(llm, PROMPTS[:1], 16), want)
+        assert len(steps) < num_steps_alone

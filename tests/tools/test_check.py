@@ -104,10 +104,6 @@ CASES = {
         "llama",
         [*section(retrieval_layers=[0]), "--kv-sharing-fast-prefill"],
     ),
-    "pipeline_parallel_size must be 1": (
-        "llama",
-        [*section(retrieval_layers=[0]), "--pipeline-parallel-size", "2"],
-    ),
     "speculative_config.method must be one of": (
         "llama",
         [

@@ -68,11 +68,10 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         parallel(prefill_context_parallel_size=2),
     ],
     "drafts: n-gram": [{"speculative_config": drafter("ngram")}],
-    "drafts: a model, EAGLE": [
-        {"speculative_config": drafter(method)}
-        for method in ("draft_model", "eagle", "eagle3")
+    "drafts: a model": [{"speculative_config": drafter("draft_model")}],
+    "drafts: EAGLE, MTP": [
+        {"speculative_config": drafter(method)} for method in ("eagle", "eagle3", "mtp")
     ],
-    "drafts: MTP": [{"speculative_config": drafter("mtp")}],
     "drafts: DFlash, DSpark": [
         {"speculative_config": drafter(method)} for method in ("dflash", "dspark")
     ],

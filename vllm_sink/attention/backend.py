@@ -30,9 +30,11 @@ from vllm.v1.kv_cache_interface import (
 from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
+from vllm_sink.cache.draft_heads import add_drafters
 from vllm_sink.cache.head_caches import add_companions
 from vllm_sink.cache.head_slots import add_slots
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
+from vllm_sink.cache.workers import is_building_drafter
 from vllm_sink.engine import Engine
 from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.measure import measure_loaded_model
@@ -242,8 +244,13 @@ def place_layer(engine: Engine, layer: Any) -> None:
         layer.attn_backend = bound(backend, engine, is_retrieval=False)
         return
     model = engine.vllm_config.model_config
-    beside = has_layers_beside(model.is_hybrid, heads)
-    (add_slots if beside else add_companions)(
+    if is_building_drafter(engine.vllm_config):
+        add = add_drafters
+    elif has_layers_beside(model.is_hybrid, heads):
+        add = add_slots
+    else:
+        add = add_companions
+    add(
         engine,
         layer,
         heads,

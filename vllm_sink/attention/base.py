@@ -18,6 +18,9 @@ forward finds them so::
       step.plan, step.places          what the CPU path, or the GPU path, makes of all
                                       parts, once a step
 
+While vLLM drafts it builds the group of the drafter's heads alone: that step has one
+part, which stands for the others, too (:attr:`Step.is_ready`).
+
 A group's block table and slots are slices of buffers that vLLM allocates once, so
 their addresses stay from step to step (a table of addresses can be made once and
 used in CUDA graphs). A layer whose heads are of one kind has ``heads = None``; its
@@ -45,6 +48,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sink.cache.draft_heads import refuse_scattered
 from vllm_sink.cache.head_caches import HeadCache, HeadGroup, HeadGroups
 from vllm_sink.cache.head_slots import HeadSlot
 from vllm_sink.cache.spec import SinkSpec
@@ -83,6 +87,20 @@ class Step:
     def is_complete(self) -> bool:
         return all(part is not None for part in self.parts)
 
+    def is_ready(self, is_drafters: bool) -> bool:
+        """Whether layers may run: all parts are there, or a drafter's alone.
+
+        Args:
+            is_drafters: The last part is that of a drafter's heads.
+        """
+        known = sum(part is not None for part in self.parts)
+        return known == len(self.parts) or (is_drafters and known == 1)
+
+    def filled(self) -> list[Any]:
+        """The parts, one that is known in place of those that are missing."""
+        known = next(part for part in self.parts if part is not None)
+        return [known if part is None else part for part in self.parts]
+
 
 class SinkBuilderBase(AttentionMetadataBuilder[M]):
     """A metadata builder that knows its layers' policy and their keys' rotation."""
@@ -108,12 +126,19 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             vllm_config, AttentionLayerBase, layer_names
         )
         heads = [x for x in layers.values() if isinstance(x, (HeadCache, HeadSlot))]
+        if not heads:  # V1 makes a drafter's builder for its first layer's name alone
+            impls = [layer.impl for layer in self.layers.values()]
+            heads = [x for impl in impls for x in getattr(impl, "heads", None) or ()]
         real = [head for head in heads if head.owners]
+        # All of its heads are a drafter's; their layers read no other group.
+        self.is_drafters = bool(real) and all(head.is_drafters for head in real)
+        self.heads = real
         if real:
             self.groups = real[0].groups
             self.group = self.groups.register(heads)
             owners = (owner for head in real for owner in head.owners)
             self.layers.update({owner.layer_name: owner for owner in owners})
+            refuse_scattered(real)
         self._check_tables(vllm_config)
         self.block_size = kv_cache_spec.block_size
         # id of a rotary table -> the rotation, for tables that turns need.
@@ -220,6 +245,7 @@ class SinkImplBase(AttentionImpl[M]):
         self.heads_counted = False  # against the model's: head_counts
         # A companion for each KV head if they are of two kinds: cache.head_caches.
         self.heads: tuple[HeadCache, ...] | None = None
+        self.groups: HeadGroups | None = None  # the engine's, which live as long
         # Set by the builder, which sees the layers; None: no turn. The policies say
         # which heads turn, and where.
         self.rotation: RotaryTable | None = None

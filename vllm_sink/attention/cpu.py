@@ -132,9 +132,9 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
             rotations=self.rotations,
         )
         step = self.join_step(common, metadata)
-        if step.is_complete:
+        if step.is_ready(self.is_drafters):
             step.plan = _plan(
-                step.parts, common, self.block_size, self.group_size, self.stock
+                step.filled(), common, self.block_size, self.group_size, self.stock
             )
         return metadata
 

@@ -198,7 +198,7 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
                 metadata.query_requests,
             )
         step = self.join_step(common, metadata)
-        if self.groups is not None and step.is_complete:
+        if self.groups is not None and step.is_ready(self.is_drafters):
             self._prepare_heads(step)
         return metadata
 
@@ -211,7 +211,7 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
         assert self.groups is not None, "heads of one kind need no table"
         step.places = tuple(
             (part.block_table.data_ptr(), part.slot_mapping.data_ptr())
-            for part in step.parts
+            for part in step.filled()
         )
         if step.places in self._prepared:
             return
@@ -219,7 +219,9 @@ class SinkGpuMetadataBuilder(SinkBuilderBase[SinkGpuMetadata]):
             "block tables and slot mappings must stay where vLLM allocated them"
         )
         self._prepared.add(step.places)
-        heads = (head for group in self.groups.groups for head in group.heads)
+        heads = [head for group in self.groups.groups for head in group.heads]
+        if not step.is_complete:
+            heads = self.heads
         for impl in {owner.impl for head in heads for owner in head.owners}:
             if impl.heads is not None:
                 impl.find_head_table(step)

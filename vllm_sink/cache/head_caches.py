@@ -19,7 +19,8 @@ Nothing of vLLM is patched. vLLM needs to be told:
 * vLLM reads a layer's index from its name and accepts one number between dots.
 * Its grouping takes the smaller kind's size for all groups and deals heads out in
   turn. :class:`Padding` fills every worker's groups up to one size
-  (:mod:`vllm_sink.policy.grouping`), so every worker gets the same groups.
+  (:mod:`vllm_sink.policy.grouping`), so every worker gets the same groups. A drafter's
+  heads are dealt to one of them (:mod:`vllm_sink.cache.draft_heads`).
 
 Where no layer has heads of both kinds there are no companions: the layers' own
 specs differ, and padding alone is added.
@@ -34,20 +35,21 @@ head's group made of this step. See :mod:`vllm_sink.attention.base`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
+from vllm_sink.cache.workers import workers_of
 from vllm_sink.engine import Engine
-from vllm_sink.policy.grouping import Grouping, choose_grouping, heads_of_workers
+from vllm_sink.policy.grouping import Grouping, heads_held
 from vllm_sink.policy.head_map import HeadMap
 
 
@@ -70,19 +72,26 @@ class HeadGroups:
 
     Args:
         grouping: What vLLM's grouping comes to.
+        first: The layer with which they began.
         groups: Filled as vLLM makes the groups' metadata builders.
         step: The step that these are building; the attention room's.
+        drafted: Names of a drafter's entries, which vLLM deals to one group.
     """
 
     grouping: Grouping
+    first: Any = None
     groups: list[HeadGroup] = field(default_factory=list)
     step: Any = None
+    drafted: list[str] = field(default_factory=list)
 
     def register(self, heads: Iterable[HeadCache]) -> HeadGroup:
-        """The group of these heads, made if need be: a builder may be made twice."""
+        """The group of these heads, made if need be.
+
+        A builder may be made twice, and a drafter has builders of its own.
+        """
         heads = tuple(heads)
         for group in self.groups:
-            if set(group.heads) == set(heads):
+            if set(heads) <= set(group.heads):
                 return group
             assert not set(group.heads) & set(heads), "a head is in one group"
         group = HeadGroup(heads, len(self.groups))
@@ -101,6 +110,7 @@ class HeadCache(AttentionLayerBase):
         is_retrieval: Its kind.
         backend: The backend class, which gives the spec its policy.
         groups: The engine's.
+        is_drafters: Its owner is a drafter's.
     """
 
     group: HeadGroup
@@ -113,12 +123,15 @@ class HeadCache(AttentionLayerBase):
         is_retrieval: bool,
         backend: type,
         groups: HeadGroups,
+        *,
+        is_drafters: bool = False,
     ) -> None:
         self.layer_name = name
         self.owner = owner
         self.is_retrieval = is_retrieval
         self.attn_backend = backend
         self.groups = groups
+        self.is_drafters = is_drafters
         self.kv_cache = torch.tensor([])
         # vLLM makes a metadata builder for each (backend, spec, num_heads): as the
         # owner's, which is in its first companion's group, so that one does.
@@ -134,9 +147,14 @@ class HeadCache(AttentionLayerBase):
         return self.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        spec = self.owner.get_kv_cache_spec(vllm_config)
+        spec = head_spec(self.owner.get_kv_cache_spec(vllm_config))
         assert type(spec) is FullAttentionSpec, spec
-        return replace(spec, num_kv_heads=1)
+        return spec
+
+
+def head_spec(spec: Any) -> Any:
+    """The KV cache spec of one head of a layer."""
+    return replace(spec, num_kv_heads=1)
 
 
 class Padding(HeadCache):
@@ -185,34 +203,33 @@ def add_companions(
     if heads.is_uniform:
         return
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
-    rank, counts = heads_of_workers(
-        heads, num_ranks, get_tensor_model_parallel_rank() if num_ranks > 1 else 0
-    )
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
+    stage = get_pp_group().rank_in_group if num_stages > 1 else 0
+    held = heads_held(heads, num_ranks, rank)
     is_first = engine.head_groups is None
-    groups = engine.head_groups or HeadGroups(choose_grouping(counts.values()))
-    engine.head_groups = groups
-    mine = rank if heads.splits_layers else range(0)
-    companions = tuple(
-        HeadCache(
-            f"{name}_kv{head}",
-            layer,
-            is_retrieval[head],
-            backend_of(is_retrieval[head]),
-            groups,
-        )
-        for head in mine
-    )
+    workers = workers_of(engine.vllm_config, heads)
+    groups = engine.head_groups or HeadGroups(workers.grouping, layer)
+    engine.head_groups = layer.impl.groups = groups
+    companions = []
     if heads.splits_layers:
-        assert len(companions) == layer.num_kv_heads, (mine, layer.num_kv_heads)
-        layer.attn_backend = companions[0].attn_backend
-        layer.kv_sharing_target_layer_name = companions[0].layer_name
-        layer.impl.heads = companions
+        companions = [
+            HeadCache(
+                f"{name}_kv{head}",
+                layer,
+                is_retrieval[head],
+                backend_of(is_retrieval[head]),
+                groups,
+            )
+            for head in held
+        ]
+        give_heads(layer, companions)
     paddings = []
     if is_first:
-        missing = groups.grouping.padding(*counts[rank])
+        missing = groups.grouping.padding(*workers.counts[stage, held])
         for kind, count in zip((True, False), missing, strict=True):
             # The same name on ranks that hold the same heads.
-            prefix = f"{name}_padding{rank.start}_{int(kind)}_"
+            prefix = f"{name}_padding{held.start}_{int(kind)}_"
             kind_of_padding = Padding if heads.splits_layers else LayerPadding
             paddings += [
                 kind_of_padding(f"{prefix}{i}", layer, kind, backend_of(kind), groups)
@@ -221,6 +238,14 @@ def add_companions(
     for companion in (*companions, *paddings):
         assert companion.layer_name not in context, companion.layer_name
         context[companion.layer_name] = companion
+
+
+def give_heads(layer: Attention, companions: Sequence[HeadCache]) -> None:
+    """Let a layer have its companions' caches, in place of one of its own."""
+    assert len(companions) == layer.num_kv_heads, (companions, layer.num_kv_heads)
+    layer.attn_backend = companions[0].attn_backend
+    layer.kv_sharing_target_layer_name = companions[0].layer_name
+    layer.impl.heads = tuple(companions)
 
 
 def refuse_layer(layer: Attention, index: int, heads: HeadMap) -> None:

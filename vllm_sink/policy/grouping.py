@@ -9,13 +9,17 @@ tensor of its own, but its share of the group's blocks is never used::
     retrieval [head 3 | head 7 | head 8 ]
     streaming [head 0 | head 1 | head 2 ]
     streaming [head 4 | head 5 | padding]
+
+A worker is a tensor-parallel rank of a pipeline stage. A drafter's heads are beside
+the last stage's, in one group (:mod:`vllm_sink.policy.draft_heads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.head_map import HeadMap, heads_of_rank
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
 
@@ -49,6 +53,10 @@ class Grouping:
             self.num_streaming * self.size - num_streaming,
         )
 
+    def num_of_kind(self, is_retrieval: bool) -> int:
+        """Groups of a kind."""
+        return self.num_retrieval if is_retrieval else self.num_streaming
+
     def request_blocks(self, retrieval_blocks: int, streaming_blocks: int) -> int:
         """Pool blocks of a request with so many in a group of each kind."""
         return (
@@ -57,7 +65,9 @@ class Grouping:
         )
 
 
-def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
+def choose_grouping(
+    counts: Iterable[tuple[int, int]], num_draft_heads: int = 0
+) -> Grouping:
     """The groups that hold a long request in the least memory.
 
     One kind has a single group: vLLM groups by the smaller kind's size, and would
@@ -65,6 +75,7 @@ def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
 
     Args:
         counts: (retrieval heads, streaming heads) of each worker.
+        num_draft_heads: How many of a worker's must fit into one group.
     """
     counts = list(counts)
     retrieval = max(count for count, _ in counts)
@@ -72,9 +83,10 @@ def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
     if not retrieval or not streaming:
         size = max(retrieval, streaming)
         return Grouping(size, int(retrieval > 0), int(streaming > 0))
+    least = max(min(retrieval, streaming), num_draft_heads)
     options = [
         Grouping(size, cdiv(retrieval, size), cdiv(streaming, size))
-        for size in range(min(retrieval, streaming), max(retrieval, streaming) + 1)
+        for size in range(least, max(retrieval, streaming) + 1)
     ]
     return min(
         (option for option in options if option.num_groups <= MAX_GROUPS),
@@ -85,21 +97,67 @@ def choose_grouping(counts: Iterable[tuple[int, int]]) -> Grouping:
     )
 
 
-def heads_of_workers(
-    heads: HeadMap, num_ranks: int, rank: int
-) -> tuple[range, dict[range, tuple[int, int]]]:
-    """The heads of ``rank``, and counts (retrieval, streaming) for every rank's heads.
+@dataclass(frozen=True)
+class Workers:
+    """What each worker of an engine holds.
 
-    Layers are counted instead of heads where no layer is split.
+    Tensor-parallel ranks that hold the same heads are one worker here.
+
+    Args:
+        counts: (retrieval heads, streaming heads) by the worker's pipeline stage and
+            its KV heads. Layers are counted where no layer is split: by ``range(1)``.
+        num_draft_heads: Of them a drafter's, on one worker.
     """
-    ranges = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
+
+    counts: dict[tuple[int, range], tuple[int, int]]
+    num_draft_heads: int = 0
+
+    @property
+    def grouping(self) -> Grouping:
+        return choose_grouping(self.counts.values(), self.num_draft_heads)
+
+
+def heads_of_workers(
+    heads: HeadMap,
+    num_ranks: int,
+    stages: Sequence[range] = (),
+    draft: DraftHeads | None = None,
+) -> Workers:
+    """The heads of each worker.
+
+    Args:
+        num_ranks: Tensor-parallel ranks.
+        stages: The layers of each pipeline stage; left out: one has all.
+    """
+    stages = stages or [range(heads.num_layers)]
+    counts, num_draft_heads = {}, 0
+    for rank in range(num_ranks):
+        held = heads_held(heads, num_ranks, rank)
+        for stage, layers in enumerate(stages):
+            kinds = [
+                kind[head]
+                for i in layers
+                if (kind := heads.is_retrieval[i])
+                for head in held
+            ]
+            retrieval, streaming = sum(kinds), len(kinds) - sum(kinds)
+            if draft is not None and stage == len(stages) - 1:
+                num_draft_heads = draft.num_layers
+                if heads.splits_layers:
+                    num_draft_heads *= len(
+                        heads_of_rank(rank, num_ranks, draft.num_kv_heads)
+                    )
+                retrieval += num_draft_heads * draft.is_retrieval
+                streaming += num_draft_heads * (not draft.is_retrieval)
+            counts[stage, held] = retrieval, streaming
+    return Workers(counts, num_draft_heads)
+
+
+def heads_held(heads: HeadMap, num_ranks: int, rank: int) -> range:
+    """The KV heads of a rank, in each of its layers; the first where none is split."""
     if not heads.splits_layers:
-        ranges = [range(1)]
-    counts = {}
-    for held in ranges:
-        retrieval = heads.count(held)
-        counts[held] = retrieval, heads.num_layers * len(held) - retrieval
-    return ranges[rank % len(ranges)], counts
+        return range(1)
+    return heads_of_rank(rank, num_ranks, heads.num_kv_heads)
 
 
 @dataclass(frozen=True)

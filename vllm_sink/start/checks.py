@@ -19,7 +19,11 @@ from vllm_sink.engine import BACKEND_NAME, Engine
 from vllm_sink.policy.config import SECTION, has_section
 from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.own_rotation import changed_rotation
-from vllm_sink.start.drafters import MODEL_FREE_DRAFTERS, check_drafter
+from vllm_sink.start.drafters import (
+    MODEL_FREE_DRAFTERS,
+    check_drafter,
+    check_drafter_beside,
+)
 from vllm_sink.start.host_cache import check_connector
 from vllm_sink.start.lookalikes import refuse_lookalikes
 from vllm_sink.start.must import must
@@ -258,22 +262,7 @@ def _retrieval_heads(engine: Engine) -> None:
         "true",
         "drop --kv-sharing-fast-prefill",
     )
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    must(
-        stages == 1,
-        "pipeline_parallel_size",
-        f"be 1 {beside}",
-        stages,
-        "use tensor parallelism",
-    )
-    method = vllm_config.speculative_config and vllm_config.speculative_config.method
-    must(
-        method in (None, *MODEL_FREE_DRAFTERS),
-        "speculative_config.method",
-        f"be one of {', '.join(MODEL_FREE_DRAFTERS)} {beside}",
-        f"{method!r}, whose layers are not in the map",
-        "draft with n-grams or drop --speculative-config",
-    )
+    check_drafter_beside(engine, beside)
 
 
 def _heads_beside(engine: Engine) -> None:
@@ -310,8 +299,8 @@ CHECKS: tuple[Check, ...] = (
     _context_parallel,
     check_connector,
     _kind_of_model,
+    _heads_beside,  # first: it takes fewer drafters
     _retrieval_heads,
-    _heads_beside,
     _reaches_a_layer,
     _hybrid_manager,
     check_drafter,

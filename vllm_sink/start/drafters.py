@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_sink.engine import BACKEND_NAME, Engine
+from vllm_sink.policy.draft_heads import KEEPS_EVERYTHING
 from vllm_sink.rotation.table_length import lengthen
 from vllm_sink.start.must import must
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
+DRAFT_OTHERWISE = "draft with n-grams or drop --speculative-config"
 # Drafters whose layers vLLM builds from its attention layers: under the policy.
 POLICED_DRAFTERS = frozenset({"draft_model", "eagle", "eagle3", "mtp"})
 # Drafters that have no layers.
@@ -49,6 +51,55 @@ def check_drafter(engine: Engine) -> None:
         backend,
         "take it out of --speculative-config",
     )
+
+
+def check_drafter_beside(engine: Engine, beside: str) -> None:
+    """Refuse a drafter that can't be beside heads of two kinds.
+
+    Its heads are in one group with the model's (:mod:`vllm_sink.cache.draft_heads`).
+
+    Args:
+        beside: What asks for such heads, as a clause.
+    """
+    speculative, heads = engine.vllm_config.speculative_config, engine.config.head_map
+    if speculative is None or heads is None:
+        return
+    allowed = (*MODEL_FREE_DRAFTERS, *KEEPS_EVERYTHING)
+    must(
+        speculative.method in allowed,
+        "speculative_config.method",
+        f"be one of {', '.join(allowed)} {beside}",
+        f"{speculative.method!r}, whose layers are too many for a group of heads",
+        "draft with one of them or drop --speculative-config",
+    )
+    model = engine.vllm_config.model_config
+    if speculative.method in MODEL_FREE_DRAFTERS or model is None:
+        return
+    for name in ("disable_padded_drafter_batch", "parallel_drafting"):
+        must(
+            not getattr(speculative, name, False),
+            f"speculative_config.{name}",
+            f"be false {beside}: a drafter's slots must stay where they are",
+            "true",
+            "take it out of --speculative-config",
+        )
+    own, other = (
+        _shape(config, heads.splits_layers)
+        for config in (speculative.draft_model_config, model)
+    )
+    must(
+        own == other,
+        "speculative_config.model",
+        f"have KV heads like those of the served model {beside}",
+        f"{own}, not {other}",
+        DRAFT_OTHERWISE,
+    )
+
+
+def _shape(model_config: ModelConfig, is_split: bool) -> str:
+    """What a block of a head, or of a layer that isn't split, is made for."""
+    size = f"heads of {model_config.get_head_size()}"
+    return size if is_split else f"{model_config.get_total_num_kv_heads()} KV {size}"
 
 
 def place_drafter(vllm_config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sink.engine import Engine
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
+from vllm_sink.policy.grouping import RequestMemory, heads_held
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
 
 if TYPE_CHECKING:
@@ -175,14 +175,17 @@ def request_memory(
     Args:
         page_bytes: A block of one head, or of a whole layer where none is split.
     """
+    from vllm_sink.cache.workers import workers_of
+
     assert config.head_map is not None
     parallel = vllm_config.parallel_config
-    held, counts = heads_of_workers(
-        config.head_map, parallel.tensor_parallel_size, parallel.rank
-    )
+    workers = workers_of(vllm_config, config.head_map)
+    num_ranks = parallel.tensor_parallel_size
+    stage = parallel.rank // num_ranks % parallel.pipeline_parallel_size
+    held = heads_held(config.head_map, num_ranks, parallel.rank % num_ranks)
     return RequestMemory(
-        grouping=choose_grouping(counts.values()),
-        num_heads=sum(counts[held]),
+        grouping=workers.grouping,
+        num_heads=sum(workers.counts[stage, held]),
         head_bytes=page_bytes,
         block_size=vllm_config.cache_config.block_size,
         streaming=config.policy,

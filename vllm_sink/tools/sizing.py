@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_sink.policy.config import SinkConfig
-from vllm_sink.policy.grouping import RequestMemory, choose_grouping, heads_of_workers
+from vllm_sink.policy.grouping import RequestMemory, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.policy.slots import (
     LayersBeside,
@@ -130,13 +130,14 @@ def heads_memory(
     heads = config.head_map
     assert heads is not None and not heads.is_uniform, heads
     (kind,) = shape.kinds
-    held, counts = heads_of_workers(heads, tensor_parallel_size, 0)
+    workers = heads_of_workers(heads, tensor_parallel_size)
+    first = next(iter(workers.counts.values()))
     head_bytes = block_size * shape.layer_bytes(kind)
     if heads.splits_layers:
         head_bytes //= kind.num_kv_heads
     return RequestMemory(
-        grouping=choose_grouping(counts.values()),
-        num_heads=sum(counts[held]),
+        grouping=workers.grouping,
+        num_heads=sum(first),
         head_bytes=head_bytes,
         block_size=block_size,
         streaming=config.policy,
