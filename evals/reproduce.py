@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals import heads, methods, plots
+from evals import heads, layers, methods, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
@@ -198,6 +198,7 @@ HEADS = {
     "heads_stability": (heads.measure_stability, None),
     "heads_engine": (heads.measure_engine, None),
     "heads_methods": (methods.measure, None),
+    "heads_layers": (layers.measure, None),
 }
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}

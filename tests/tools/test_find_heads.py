@@ -56,6 +56,7 @@ def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
     pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     out = tmp_path / "found" / "heads.tsv"
     sizes = ["--needle-tokens", "384", "--window-size", "124", "--haystacks", "2"]
+    sizes += ["--method", "recipe"]
     printed = run(capsys, "--model", model_path, "--out", str(out), *sizes)
     config = json.loads((out.parent / "heads.tsv.meta.json").read_text())
     curve = config["curve"]
@@ -80,13 +81,15 @@ def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
 
 
 def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
-    """A file of the user's own, no needles; JSON and nothing else."""
+    """A file of the user's own, two steps of the default; JSON and nothing else."""
     text = tmp_path / "mine.txt"
     text.write_text(texts.python_prose()[:60_000])
     out = tmp_path / "mine.tsv"
     arguments = ["--text", str(text), "--out", str(out), "--fraction", "0.1", "--json"]
+    arguments += ["--steps", "2", "--needle-tokens", "320", "--window-size", "60"]
     result = json.loads(run(capsys, "--model", model_path, *arguments))
     assert len(result["heads"]) == 9 and result["curve"] is None
+    assert result["method"] == "answers" and list(result["measured"]) == ["gate"]
     assert read_back(out).nonzero().tolist() == result["heads"]
     assert result["text"] == "mine.txt" and len(result["text_sha256"]) == 16
     # The best nine: those of the scores.
@@ -164,7 +167,7 @@ def test_the_printed_command_starts(model_path, tmp_path, capsys, monkeypatch):
         serve_command, "refusal", lambda command: asked.append(real(command))
     )
     arguments = ["--model", str(model), "--out", str(out), "--fraction", "0.1"]
-    printed = run(capsys, *arguments)
+    printed = run(capsys, *arguments, "--method", "recipe")
     assert asked == [None], "it would start"
     command = printed.partition("  vllm serve ")[2].replace("\\\n", "")
     name, *flags = shlex.split(command)
@@ -253,6 +256,7 @@ def test_gates_separate_what_the_prompts_need(model_path):
         (["--text", "nowhere.txt"], "--text must be a readable text file"),
         (["--needle-tokens", "300"], "--needle-tokens must be at least"),
         (["--device", "nowhere"], "nowhere"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
     ],
 )
 def test_refused(model_path, tmp_path, capsys, arguments, message):

@@ -59,7 +59,7 @@ def echo_and_induction(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[L, H] each, H query heads: the passage read twice over.
 
-    The last token of the second copy has no successor in the first; it is left out.
+    A head of a layer whose keys others read, too, has the largest value of them. The last token of the second copy has no successor in the first; it is left out.
     """
     size, start = len(passage), len(opening) + len(passage)
     rows: dict[str, dict[int, torch.Tensor]] = {"echo": {}, "induction": {}}
@@ -78,6 +78,9 @@ def echo_and_induction(
         # Without the head: logits of 640 tokens would be the largest tensor.
         model.base_model(tokens, use_cache=False)
     empty = torch.zeros_like(next(iter(rows["echo"].values())))
+    for found in rows.values():
+        for reader, owner in layers.readers:
+            found[owner] = torch.maximum(found[owner], found.pop(reader))
     echo, induction = (
         torch.stack([rows[name].get(i, empty) for i in range(layers.num_layers)])
         for name in ("echo", "induction")
