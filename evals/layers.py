@@ -25,7 +25,7 @@ NUM_HAYSTACKS = 6  # of eight needles
 
 
 def subsets(full: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every choice of these layers: all, none, then the others by size.
+    """Every choice of these layers: all, none, then the larger first.
 
     Raises:
         ValueError: There are too many.
@@ -35,7 +35,7 @@ def subsets(full: tuple[int, ...]) -> list[tuple[int, ...]]:
             f"--model must have at most {MOST_LAYERS} layers with full attention, got "
             f"{len(full)}; try heads instead"
         )
-    sizes = [len(full), 0, *range(1, len(full))]
+    sizes = [len(full), 0, *range(len(full) - 1, 0, -1)]
     return [part for size in sizes for part in itertools.combinations(full, size)]
 
 

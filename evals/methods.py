@@ -94,9 +94,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
             used = None if heads is None else policy
             told = []
             for index, haystack in enumerate(haystacks[length]):
-                told += needles.ask(
-                    model, haystack, used, heads, prefix(length, index)
-                )
+                told += needles.ask(model, haystack, used, heads, prefix(length, index))
             loss = sum(answer.loss for answer in told) / len(told)
             return {
                 "hits": sum(answer.hit for answer in told),

@@ -7,6 +7,7 @@
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
     python -m evals.reproduce heads_ppl heads_stability heads_engine heads_methods ...
+    python -m evals.reproduce heads_layers --model M --text emma.txt persuasion.txt
     python -m evals.reproduce all       --model M --text emma.txt persuasion.txt
 
 Each writes a CSV, with its configuration in every row, and most a PNG that is drawn
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
     parser.add_argument("--lengths", type=int, nargs="+", help="heads: of haystacks")
     parser.add_argument(
-        "--haystacks", type=int, help="heads: of each length; 13, heads_methods: 6"
+        "--haystacks", type=int, help="heads: of each length; 13, heads_layers: 6"
     )
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()

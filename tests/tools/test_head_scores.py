@@ -1,5 +1,6 @@
 """The finder on a model whose heads are known, and on the real one."""
 
+import itertools
 import random
 
 import pytest
@@ -138,7 +139,7 @@ def test_the_gate_of_the_head_that_answers_stays_open(answering):
 def test_the_gates_are_pushed_ever_harder():
     weights = [answers.pressure(step, 5) for step in range(5)]
     assert (weights[0], weights[-1]) == pytest.approx(answers.PRESSURE)
-    ratios = [b / a for a, b in zip(weights, weights[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(weights)]
     assert ratios == pytest.approx([ratios[0]] * 4) and ratios[0] > 1
     assert answers.pressure(0, 1) == answers.PRESSURE[0]
 

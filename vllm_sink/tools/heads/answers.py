@@ -99,7 +99,8 @@ def find(
 
     Args:
         policy: Of the streaming heads.
-        length: Tokens of a haystack with a question.
+        length: Tokens of a haystack with a question; every other one has twice as
+            many.
 
     Raises:
         ValueError: Full attention itself misses most needles.
@@ -107,7 +108,9 @@ def find(
     readings, hits = [], []
     for index in range(min(NUM_HAYSTACKS, steps)):
         seed = f"answers {index}"
-        made = needles.make(tokenizer, text, length, policy.window_size, seed)
+        # Every other one is longer: some heads are needed from farther away alone.
+        size = length * (1 + index % 2)
+        made = needles.make(tokenizer, text, size, policy.window_size, seed)
         readings.append(read(model, made))
         if index < NUM_CHECKED:
             hits += readings[-1].hits(model)

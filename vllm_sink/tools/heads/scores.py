@@ -59,7 +59,8 @@ def echo_and_induction(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[L, H] each, H query heads: the passage read twice over.
 
-    A head of a layer whose keys others read, too, has the largest value of them. The last token of the second copy has no successor in the first; it is left out.
+    A head of a layer whose keys others read, too, has the largest value of them. The
+    last token of the second copy has no successor in the first; it is left out.
     """
     size, start = len(passage), len(opening) + len(passage)
     rows: dict[str, dict[int, torch.Tensor]] = {"echo": {}, "induction": {}}
