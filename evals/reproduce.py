@@ -201,6 +201,8 @@ HEADS = {
     "heads_methods": (methods.measure, None),
     "heads_layers": (layers.measure, None),
 }
+# For a model with few full-attention layers: no part of ``all``.
+BY_NAME = {"heads_layers"}
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}
 
@@ -252,7 +254,8 @@ def main() -> None:
         if args.model is None or args.text is None:
             parser.error("--model and --text are needed")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for what in known if "all" in args.what else args.what:
+    every = [what for what in known if what not in BY_NAME]
+    for what in every if "all" in args.what else args.what:
         reproduce(what, args)
 
 

@@ -53,7 +53,7 @@ class Reading:
     def logits(self, model) -> torch.Tensor:
         """[answer tokens, vocabulary] before each token of the answers."""
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(self.rows))
+        needles.repeat(cache, len(self.rows))
         logits = model(self.rows, past_key_values=cache, use_cache=True).logits
         return logits[self.targets != needles.NO_TARGET].float()
 

@@ -158,6 +158,14 @@ def batch(haystack: Haystack, device) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
+def repeat(cache, count: int) -> None:
+    """Make transformers' cache of one sequence one of ``count`` equal ones.
+
+    By the choice of beams, as layers of linear attention can't repeat a batch.
+    """
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+
+
 @dataclass(frozen=True)
 class Answer:
     """Loss in nats a token of the answer, and whether every token was the argmax."""
@@ -209,7 +217,7 @@ def _answers(model, haystack: Haystack, cache) -> Iterator[Answer]:
     prompt = torch.tensor([rest], device=device)
     model.base_model(prompt, past_key_values=cache, use_cache=True)
     rows, targets = batch(haystack, device)
-    cache.batch_repeat_interleave(len(rows))
+    repeat(cache, len(rows))
     logits = model(rows, past_key_values=cache, use_cache=True).logits
     for row, target, question in zip(logits, targets, haystack.questions, strict=True):
         asked = target != NO_TARGET
