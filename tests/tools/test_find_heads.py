@@ -89,7 +89,11 @@ def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
     arguments += ["--steps", "2", "--needle-tokens", "320", "--window-size", "60"]
     result = json.loads(run(capsys, "--model", model_path, *arguments))
     assert len(result["heads"]) == 9 and result["curve"] is None
-    assert result["method"] == "answers" and list(result["measured"]) == ["gate"]
+    assert result["method"] == "answers" and list(result["measured"]) == [
+        "gate",
+        "echo",
+        "induction",
+    ]
     assert read_back(out).nonzero().tolist() == result["heads"]
     assert result["text"] == "mine.txt" and len(result["text_sha256"]) == 16
     # The best nine: those of the scores.

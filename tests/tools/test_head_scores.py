@@ -184,6 +184,18 @@ def test_a_layer_follows_the_one_whose_keys_it_reads(monkeypatch):
     assert seen == [1, 1], "layer 2's head and layer 3's, that follows it"
 
 
+def test_one_score_goes_on_with_another():
+    layers = attention.Layers(2, 4, (1,))
+    one = torch.tensor([[0.0] * 4, [0.1, 0.2, 0.3, 0.9]])
+    other = torch.tensor([[0.0] * 4, [0.5, 0.8, 0.6, 0.7]])
+    first, rest = (scores.Scores(v, {n: v}, layers) for v, n in ((one, 1), (other, 2)))
+    found = scores.continued(first, rest, 0.5)
+    assert found.order() == [(1, 3), (1, 2), (1, 1), (1, 0)]
+    assert scores.continued(first, rest, 0.25).order()[1:] == [(1, 1), (1, 2), (1, 0)]
+    assert found.value[1].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert not found.value[0].any() and list(found.measured) == [1, 2]
+
+
 def test_rank_correlation():
     one = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert scores.rank_correlation(one, 10 * one) == pytest.approx(1)

@@ -4,7 +4,9 @@ A haystack is read once, with full attention. Its eight questions and answers ar
 read over and over; in them every KV head's output is gate x full attention's +
 (1 - gate) x streaming's. The gates start at 0.5 and are trained to keep the loss of the
 answers low while their mean is pushed down, ever harder. A gate that stays open long
-belongs to a head that answers need: its score is its mean over the training.
+belongs to a head that answers need; the gates are ranked by their mean over the
+training. That tells of a few heads apart, as answers need no more of them: the others
+come after these, by the recipe of ``scores``.
 
 DuoAttention (arXiv 2410.10819, 2.2) trains the same gates on whole prompts to keep the
 last hidden states. Here a step reads 100 tokens, not 600, and asks for what counts.
@@ -21,7 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import needles
+from vllm_sink.tools.heads import needles, scores
 from vllm_sink.tools.heads.attention import Headwise, Layers
 from vllm_sink.tools.heads.scores import Scores
 
@@ -31,6 +33,7 @@ LEARNING_RATE = 0.05
 # Weight of the mean gate beside the loss of the answers in nats a token: of the first
 # step and of the last, growing evenly by ratio.
 PRESSURE = (1.0, 20.0)
+BY_GATES = 0.125  # of the heads are ranked by their gates
 # Of the needles in the first haystacks: below it there is nothing to keep.
 LEAST_HITS, NUM_CHECKED = 0.25, 4
 
@@ -95,7 +98,7 @@ def find(
     steps: int = STEPS,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Mean gates of all KV heads, [0, 1], trained on needles in ``text``.
+    """Score every KV head by gates trained on needles in ``text``.
 
     Args:
         policy: Of the streaming heads.
@@ -120,7 +123,10 @@ def find(
             f" {sum(hits)} of {len(hits)}; use --method recipe with a number, for "
             "example --fraction 0.5"
         )
-    return train(model, readings, layers, policy, steps, on_progress)
+    gates = train(model, readings, layers, policy, steps, on_progress)
+    return scores.continued(
+        gates, scores.find(model, tokenizer, text, layers), BY_GATES
+    )
 
 
 def train(
