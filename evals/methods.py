@@ -68,13 +68,13 @@ def measure(args: argparse.Namespace, path: Path) -> None:
         return needles.read_prefix(model, haystacks[length][index], policy)
 
     rows = Rows(path)
-    cells = [("full attention", 1.0, length) for length in haystacks]
-    cells += [
+    cells = [
         (method, share, length)
         for method in METHODS
         for share in FRACTIONS
         for length in haystacks
     ]
+    cells += [("full attention", 1.0, length) for length in haystacks]
     # Half of the heads tells the methods least apart.
     for method, share, length in sorted(cells, key=lambda cell: cell[1] == 0.5):
         known = {
