@@ -105,7 +105,8 @@ def greedy(
 
 def _reading(model, tokenizer, text, policy, length, index: int) -> answers.Reading:
     seed = f"answers {index}"
-    made = needles.make(tokenizer, text, length, policy.window_size, seed)
+    size = answers.LONGER * length
+    made = needles.make(tokenizer, text, size, policy.window_size, seed)
     return answers.read(model, made)
 
 
