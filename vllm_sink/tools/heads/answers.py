@@ -147,11 +147,13 @@ def train(
     total = torch.zeros_like(gates, requires_grad=False)
     for step in range(steps):
         reading = readings[step % len(readings)]
-        with Headwise(policy=policy, gates=gates):
-            loss = cross_entropy(reading.logits(model), reading.answers)
-        loss = loss + pressure(step, steps) * gates[free].mean()
         optimizer.zero_grad()
-        loss.backward()
+        # Linear attention writes its states, which were read, in place.
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            with Headwise(policy=policy, gates=gates):
+                loss = cross_entropy(reading.logits(model), reading.answers)
+            loss = loss + pressure(step, steps) * gates[free].mean()
+            loss.backward()
         optimizer.step()
         with torch.no_grad():
             gates.clamp_(0, 1)
