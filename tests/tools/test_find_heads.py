@@ -16,7 +16,15 @@ from vllm_sink.policy.config import SinkConfig
 from vllm_sink.settings import pattern_files
 from vllm_sink.settings.resolve import resolved
 from vllm_sink.tools import cli, serve_command
-from vllm_sink.tools.heads import attention, duo, fraction, pattern, scores, texts
+from vllm_sink.tools.heads import (
+    answers,
+    attention,
+    duo,
+    fraction,
+    pattern,
+    scores,
+    texts,
+)
 
 SHAPE = head_map.ModelShape(
     num_layers=30,
@@ -80,13 +88,14 @@ def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
     assert config["files"] == ["heads.tsv", "heads.png", "heads_curve.png"]
 
 
-def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
-    """A file of the user's own, two steps of the default; JSON and nothing else."""
+def test_a_given_fraction_and_json(model_path, tmp_path, capsys, monkeypatch):
+    """A file of the user's own, one step of the default; JSON and nothing else."""
+    monkeypatch.setattr(answers, "LONGER", 1)
     text = tmp_path / "mine.txt"
     text.write_text(texts.python_prose()[:60_000])
     out = tmp_path / "mine.tsv"
     arguments = ["--text", str(text), "--out", str(out), "--fraction", "0.1", "--json"]
-    arguments += ["--steps", "2", "--needle-tokens", "320", "--window-size", "60"]
+    arguments += ["--steps", "1", "--needle-tokens", "320", "--window-size", "60"]
     result = json.loads(run(capsys, "--model", model_path, *arguments))
     assert len(result["heads"]) == 9 and result["curve"] is None
     assert result["method"] == "answers" and list(result["measured"]) == [
