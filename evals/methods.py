@@ -36,8 +36,6 @@ METHODS: dict[str, Callable[..., recipe.Scores]] = {
     "recipe": lambda m, t, text, layers, *_: recipe.find(m, t, text, layers),
     "repeat": lambda m, t, text, layers, *_: head_scores.repeat(m, t, text, layers),
     "duo": duo.find,
-    "weighted": head_scores.weighted,
-    "greedy": head_scores.greedy,
 }
 STEPS = {"answers": answers.STEPS, "duo": duo.STEPS}
 
