@@ -3,8 +3,9 @@
 Measured on the Hugging Face model with a mask for every KV head (sink positions
 ``absolute``), so any map can be tried without an engine; ``heads_engine`` generates
 through vLLM instead, with both sink positions. The heads are found on Python's own
-prose; the finder never sees the texts. Each row is written when it is measured: started
-again, a run goes on.
+prose, by the recipe; ``heads_engine`` takes the trained gates, too, and all methods
+are in ``evals.methods``. The finder never sees the texts. Each row is written when it
+is measured: started again, a run goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ import torch
 from evals.policies import Policy
 from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import attention, fraction, needles, pattern, scores, texts
+from vllm_sink.tools.heads import (
+    answers,
+    attention,
+    fraction,
+    needles,
+    pattern,
+    scores,
+    texts,
+)
 
 NUM_SINK_TOKENS, WINDOW = 4, 252
 LENGTHS = (512, 1024, 2048)
@@ -92,12 +101,19 @@ class Rows:
             writer.writerows(self.rows)
 
 
+# (method of the scores, policy)
 ENGINE_POLICIES = (
-    "dense",
-    *(f"sink:4+252:{positions}" for positions in ("cache", "absolute")),
+    ("", "dense"),
+    *(("", f"sink:4+252:{positions}") for positions in ("cache", "absolute")),
     *(
-        f"heads:FILE@{share}:4+252:{positions}"
-        for share in (0.25, 0.5)
+        (method, f"heads:FILE@{share}:4+252:{positions}")
+        for method, share in (
+            ("answers", 0.1),
+            ("answers", 0.25),
+            ("recipe", 0.1),
+            ("recipe", 0.25),
+            ("recipe", 0.5),
+        )
         for positions in ("cache", "absolute")
     ),
 )
@@ -107,35 +123,41 @@ def hits_in_engine(model: str, policy: Policy, haystacks: list, length: int) -> 
     """Needles found by greedy generation in vLLM; haystacks have ``length`` tokens."""
     from vllm import SamplingParams
 
-    prompts, params, answers = [], [], []
+    prompts, params, wanted = [], [], []
     for haystack in haystacks:
         for question in haystack.questions:
             count = question.num_answer
             tokens = haystack.tokens + question.tokens[:-count]
             prompts.append({"prompt_token_ids": tokens})
             params.append(SamplingParams(temperature=0, max_tokens=count))
-            answers.append(question.tokens[-count:])
+            wanted.append(question.tokens[-count:])
     with policy.open_engine(model, length + 16) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     told = [list(output.outputs[0].token_ids) for output in outputs]
-    return sum(a == b for a, b in zip(told, answers, strict=True))
+    return sum(a == b for a, b in zip(told, wanted, strict=True))
 
 
 def measure_engine(args: argparse.Namespace, path: Path) -> None:
     """Needles found by greedy generation in vLLM, by policy and sink positions."""
     model, tokenizer, found = found_heads(args)
+    streaming = RetentionPolicy(NUM_SINK_TOKENS, WINDOW)
+    length = (args.lengths or LENGTHS)[0]
+    text = texts.read(None).calibration
+    trained = answers.find(model, tokenizer, text, found.layers, streaming, length)
+    by_method = {"recipe": found, "answers": trained}
     del model
     read = [texts.read(file) for file in args.texts]
-    length = (args.lengths or LENGTHS)[0]
     haystacks = make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
     rows = Rows(path)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "heads.tsv"
-        pattern.write(file, found.value, {})
-        for name in ENGINE_POLICIES:
+        for method, scored in by_method.items():
+            pattern.write(Path(folder) / f"{method}.tsv", scored.value, {})
+        for method, name in ENGINE_POLICIES:
+            file = Path(folder) / f"{method}.tsv"
             policy = Policy.parse(name.replace("FILE", str(file)), 4, 252)
             known = {
                 **described(args, "; ".join(text.name for text in read)),
+                "method": method,
                 "policy": name.replace("heads:FILE", "heads"),
                 "length": length,
                 "num_needles": len(haystacks) * needles.NUM_NEEDLES,
@@ -207,14 +229,14 @@ def measure_needles(args: argparse.Namespace, path: Path) -> None:
 
         def measure(length=length, heads=heads) -> dict[str, Any]:
             used = None if heads is None else policy
-            answers = []
+            told = []
             for haystack in haystacks[length]:
                 key = (length, tuple(haystack.tokens[:64]))
                 if key not in prefixes:
                     prefixes[key] = needles.read_prefix(model, haystack, policy)
-                answers += needles.ask(model, haystack, used, heads, prefixes[key])
-            loss = sum(answer.loss for answer in answers) / len(answers)
-            hits = sum(answer.hit for answer in answers)
+                told += needles.ask(model, haystack, used, heads, prefixes[key])
+            loss = sum(answer.loss for answer in told) / len(told)
+            hits = sum(answer.hit for answer in told)
             return {"hits": hits, "answer_loss": round(loss, 4)}
 
         rows.add(known, measure)

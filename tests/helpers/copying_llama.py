@@ -51,6 +51,15 @@ def build(attn_implementation: str) -> LlamaForCausalLM:
     return model
 
 
+def let_answer(model, layer: int, head: int, gain: float = 4.0) -> None:
+    """Make an induction head of the last layer foretell the token that it finds."""
+    attention = model.model.layers[layer].self_attn
+    for i in range(CODE):
+        attention.v_proj.weight[head // 2 * HEAD + i, i] = 1
+        attention.o_proj.weight[i, head * HEAD + i] = gain
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+
+
 def _previous_token(model) -> None:
     """Layer 0, head 0: the token before, its code into the second 64 dimensions."""
     attention = model.model.layers[0].self_attn

@@ -16,7 +16,15 @@ from vllm_sink.policy.config import SinkConfig
 from vllm_sink.settings import pattern_files
 from vllm_sink.settings.resolve import resolved
 from vllm_sink.tools import cli, serve_command
-from vllm_sink.tools.heads import attention, duo, fraction, pattern, scores, texts
+from vllm_sink.tools.heads import (
+    answers,
+    attention,
+    duo,
+    fraction,
+    pattern,
+    scores,
+    texts,
+)
 
 SHAPE = head_map.ModelShape(
     num_layers=30,
@@ -56,6 +64,7 @@ def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
     pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
     out = tmp_path / "found" / "heads.tsv"
     sizes = ["--needle-tokens", "384", "--window-size", "124", "--haystacks", "2"]
+    sizes += ["--method", "recipe"]
     printed = run(capsys, "--model", model_path, "--out", str(out), *sizes)
     config = json.loads((out.parent / "heads.tsv.meta.json").read_text())
     curve = config["curve"]
@@ -79,14 +88,21 @@ def test_auto(model_path, tmp_path, capsys, few_fractions, no_start):
     assert config["files"] == ["heads.tsv", "heads.png", "heads_curve.png"]
 
 
-def test_a_given_fraction_and_json(model_path, tmp_path, capsys):
-    """A file of the user's own, no needles; JSON and nothing else."""
+def test_a_given_fraction_and_json(model_path, tmp_path, capsys, monkeypatch):
+    """A file of the user's own, one step of the default; JSON and nothing else."""
+    monkeypatch.setattr(answers, "LONGER", 1)
     text = tmp_path / "mine.txt"
     text.write_text(texts.python_prose()[:60_000])
     out = tmp_path / "mine.tsv"
     arguments = ["--text", str(text), "--out", str(out), "--fraction", "0.1", "--json"]
+    arguments += ["--steps", "1", "--needle-tokens", "320", "--window-size", "60"]
     result = json.loads(run(capsys, "--model", model_path, *arguments))
     assert len(result["heads"]) == 9 and result["curve"] is None
+    assert result["method"] == "answers" and list(result["measured"]) == [
+        "gate",
+        "echo",
+        "induction",
+    ]
     assert read_back(out).nonzero().tolist() == result["heads"]
     assert result["text"] == "mine.txt" and len(result["text_sha256"]) == 16
     # The best nine: those of the scores.
@@ -164,7 +180,7 @@ def test_the_printed_command_starts(model_path, tmp_path, capsys, monkeypatch):
         serve_command, "refusal", lambda command: asked.append(real(command))
     )
     arguments = ["--model", str(model), "--out", str(out), "--fraction", "0.1"]
-    printed = run(capsys, *arguments)
+    printed = run(capsys, *arguments, "--method", "recipe")
     assert asked == [None], "it would start"
     command = printed.partition("  vllm serve ")[2].replace("\\\n", "")
     name, *flags = shlex.split(command)
@@ -253,6 +269,7 @@ def test_gates_separate_what_the_prompts_need(model_path):
         (["--text", "nowhere.txt"], "--text must be a readable text file"),
         (["--needle-tokens", "300"], "--needle-tokens must be at least"),
         (["--device", "nowhere"], "nowhere"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
     ],
 )
 def test_refused(model_path, tmp_path, capsys, arguments, message):

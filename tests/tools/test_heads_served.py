@@ -56,7 +56,9 @@ def test_a_quarter_of_the_heads_finds_what_streaming_loses(
     text = tmp_path / "read.txt"
     text.write_text(texts.read(None).calibration)
     arguments = ["--model", model_path, "--text", str(text), "--out", str(out)]
-    assert cli.main(["heads", *arguments, "--fraction", "0.25"]) == 0
+    assert (
+        cli.main(["heads", *arguments, "--fraction", "0.25", "--method", "recipe"]) == 0
+    )
     assert f'"retrieval_heads": "{out}"' in capsys.readouterr().out
 
     full = hits(model_path, prompts)

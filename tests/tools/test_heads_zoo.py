@@ -7,13 +7,17 @@ from transformers import CONFIG_MAPPING
 
 from tests.zoo.models import BASE, VOCABULARY, ZOO
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import attention, scores
+from vllm_sink.tools.heads import answers, attention, fraction, needles, scores
 
 LENGTH = 100  # the zoo's windows are 40, its chunks 64
 REFUSED = {
     "Mistral, windowed": "model must have full-attention layers",
     "Zamba2": "model must have an attention module for each layer, got one",
 }
+
+
+# Kinds of layers beside full attention, and what attention does besides.
+BESIDE = ("Gemma 2", "Gemma 4", "gpt-oss", "Qwen3-Next", "Falcon-H1", "Nemotron-H")
 
 
 def build(entry, implementation: str):
@@ -53,3 +57,30 @@ def test_every_architecture(entry, monkeypatch):
     # A token that every layer sees whole is as it was; the last one is not.
     torch.testing.assert_close(streaming[:, :20], want[:, :20], atol=1e-4, rtol=1e-3)
     assert (streaming[:, -1] - want[:, -1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ZOO if entry.name in BESIDE], ids=lambda e: e.name
+)
+def test_gates_train_beside_other_layers(entry):
+    """What is counted and written is the governed layers' alone."""
+    model = build(entry, attention.NAME)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, VOCABULARY, (60,), generator=generator).tolist()
+    layers = attention.inspect(model, tokens)
+    pieces = [tokens[4 * i : 4 * i + 4] for i in range(4)]
+    questions = [needles.Question(None, piece, 2) for piece in pieces]
+    reading = answers.read(model, needles.Haystack(tokens, questions))
+    with torch.no_grad():
+        before = reading.logits(model)
+        whole = model(torch.tensor([tokens + pieces[3]]), use_cache=False).logits
+    torch.testing.assert_close(before[-2:], whole[0, 61:63], atol=1e-4, rtol=1e-3)
+    found = answers.train(model, [reading], layers, RetentionPolicy(2, 8), 2)
+    with torch.no_grad():
+        assert torch.equal(reading.logits(model), before), "the reading is as it was"
+    governed = found.value[list(layers.full)]
+    assert len(governed.unique()) > 1, "the loss tells the gates apart"
+    assert governed.min() > 0 and (found.value > 0).sum() == layers.num_heads
+    kept = fraction.best_heads(found, 0.5)
+    assert int(kept.sum()) == (layers.num_heads + 1) // 2
+    assert not (kept & ~layers.free).any()

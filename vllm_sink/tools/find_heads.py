@@ -21,6 +21,7 @@ from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools import serve_command
 from vllm_sink.tools.cli import print_json
 from vllm_sink.tools.heads import (
+    answers,
     attention,
     duo,
     fraction,
@@ -52,12 +53,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        choices=("recipe", "duo"),
-        default="recipe",
-        help="recipe: attention to what was read before, seconds; duo: DuoAttention's "
-        "gates, minutes, better below a quarter",
+        choices=("answers", "recipe", "duo"),
+        default="answers",
+        help="answers: gates trained on needles; recipe: attention to what was read "
+        "before, seconds, for a model that finds no needles; duo: DuoAttention's "
+        "gates, minutes (answers)",
     )
-    add("--steps", type=int, default=duo.STEPS, help=f"of duo ({duo.STEPS})")
+    add(
+        "--steps",
+        type=int,
+        help=f"of answers ({answers.STEPS}) and duo ({duo.STEPS})",
+    )
     add("--num-sink-tokens", type=int, default=4, help="S while needles are sought (4)")
     add("--window-size", type=int, default=252, help="and W (252)")
     add("--needle-tokens", type=int, default=512, help="of a haystack (512)")
@@ -91,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: The model, the text or a size is not fit for it.
     """
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(
+            f"--steps must be at least 1, got {args.steps}; leave it out for the "
+            "method's own"
+        )
     policy = RetentionPolicy(args.num_sink_tokens, args.window_size)
     pictured = [
         args.out.with_suffix(".png"),
@@ -150,20 +161,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args, model, tokenizer, text, layers, policy, progress) -> recipe.Scores:
-    if args.method == "duo":
-        with progress.step("training the gates", args.steps) as advance:
-            return duo.find(
-                model,
-                tokenizer,
-                text.calibration,
-                layers,
-                policy,
-                args.needle_tokens,
-                steps=args.steps,
-                on_progress=advance,
-            )
-    with progress.step("scoring the heads", recipe.NUM_PASSAGES) as advance:
-        return recipe.find(model, tokenizer, text.calibration, layers, advance)
+    if args.method == "recipe":
+        with progress.step("scoring the heads", recipe.NUM_PASSAGES) as advance:
+            return recipe.find(model, tokenizer, text.calibration, layers, advance)
+    method = {"answers": answers, "duo": duo}[args.method]
+    steps = method.STEPS if args.steps is None else args.steps
+    with progress.step("training the gates", steps) as advance:
+        return method.find(
+            model,
+            tokenizer,
+            text.calibration,
+            layers,
+            policy,
+            args.needle_tokens,
+            steps=steps,
+            on_progress=advance,
+        )
 
 
 def _measure(model, haystacks, scores, policy, progress) -> fraction.Curve:
@@ -175,8 +188,8 @@ def _measure(model, haystacks, scores, policy, progress) -> fraction.Curve:
 def _config(args, model, text, scores, kept, found) -> dict[str, Any]:
     """The JSON beside the pattern: facts that a reader and its users need."""
     text_config = model.config.get_text_config()
-    # Of all heads in the file: layers without a choice count there too.
-    share = int(kept.sum()) / kept.numel()
+    # As the plugin counts: rows of layers without a choice are in no fraction.
+    share = int(kept.sum()) / scores.layers.num_heads
     return {
         "sink_size": args.num_sink_tokens,
         "recent_size": args.window_size,

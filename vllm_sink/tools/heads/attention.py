@@ -39,7 +39,8 @@ class Headwise:
             gate x full attention's + (1 - gate) x streaming's (DuoAttention, arXiv
             2410.10819, section 2.2). Differentiable.
         watch: Called for each full-attention layer with (layer, weights
-            [B, HKV, G, Q, K] fp32 of a tile of queries, first query).
+            [B, HKV, G, Q, K] fp32 of a tile of queries, first query); for one that
+            reads another's keys, too.
         watch_from: The first query that is watched.
     """
 
@@ -70,12 +71,16 @@ class Layers:
     Args:
         num_layers: Rows of a head map: the decoder's layers, whatever their kind.
         num_kv_heads: Columns of a head map.
-        full: Indices of the layers with full attention; only these have a choice.
+        full: Indices of the layers that have a choice: full attention to keys of
+            their own.
+        readers: (layer, the one of ``full`` whose keys it reads): it follows that
+            layer's heads (Gemma 3n, Gemma 4).
     """
 
     num_layers: int
     num_kv_heads: int
     full: tuple[int, ...]
+    readers: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -174,8 +179,15 @@ def inspect(model, tokens: list[int]) -> Layers:
             f"{sorted(set(seen.values()))} in {name}; choose whole layers with "
             "sink.retrieval_layers"
         )
+    readers = {
+        module.layer_idx: _owner(module)
+        for module in model.modules()
+        if getattr(module, "is_kv_shared_layer", False) and module.layer_idx in seen
+    }
+    own = sorted(seen.keys() - readers.keys())
     layers = max(text_config.num_hidden_layers, max(seen) + 1)
-    return Layers(layers, next(iter(seen.values())), tuple(sorted(seen)))
+    heads = next(iter(seen.values()))
+    return Layers(layers, heads, tuple(own), tuple(sorted(readers.items())))
 
 
 def headwise_attention(
@@ -204,6 +216,7 @@ def headwise_attention(
     """
     headwise = _in_force.get() or _PLAIN
     layer = module.layer_idx
+    owner = _owner(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = AttentionCall(query, key, value, scale, softcap, s_aux)
     if _has_window(module, sliding_window):
@@ -213,13 +226,13 @@ def headwise_attention(
     if headwise.policy is None:
         return call.plain(), None
     if headwise.gates is not None:
-        gate = headwise.gates[layer].repeat_interleave(call.group)[:, None]
+        gate = headwise.gates[owner].repeat_interleave(call.group)[:, None]
         full, streaming = call.plain(), call.streaming(headwise.policy)
         gate = gate.to(full.dtype)
         return gate * full + (1 - gate) * streaming, None
     kept = torch.zeros(call.num_kv_heads, dtype=torch.bool)
     if headwise.retrieval is not None:
-        kept = headwise.retrieval[layer].cpu()
+        kept = headwise.retrieval[owner].cpu()
     if kept.all():
         return call.plain(), None
     if not kept.any():
@@ -232,6 +245,16 @@ def headwise_attention(
         which = heads.repeat_interleave(call.group).to(query.device)
         output[:, :, which] = part(call.of_heads(heads.to(query.device), which))
     return output, None
+
+
+def _owner(module) -> int:
+    """The layer whose keys this layer reads; as a rule itself."""
+    if not getattr(module, "is_kv_shared_layer", False):
+        return module.layer_idx
+    config = module.config
+    kinds = config.layer_types
+    own = kinds[: config.num_hidden_layers - config.num_kv_shared_layers]
+    return max(i for i, kind in enumerate(own) if kind == kinds[module.layer_idx])
 
 
 def _has_window(module, sliding_window: int | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_sink.policy.head_map import num_chosen, select
+from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import needles
 from vllm_sink.tools.heads.scores import Scores
@@ -25,11 +25,11 @@ LEAST_HITS = 0.25  # of the needles: below it full attention can't do the task
 
 
 def best_heads(scores: Scores, fraction: float) -> torch.Tensor:
-    """[L, HKV] bool: the best heads, as many as the fraction says."""
-    # A fraction of the heads that have a choice; the file has the others too.
-    count = num_chosen(fraction, scores.layers.num_heads)
-    share = count / scores.value.numel()
-    return torch.tensor(select(scores.value.tolist(), share).is_retrieval)
+    """[L, HKV] bool: the best heads, as many as the fraction of those with a choice."""
+    kept = torch.zeros_like(scores.value, dtype=torch.bool)
+    for layer, head in scores.order()[: num_chosen(fraction, scores.layers.num_heads)]:
+        kept[layer, head] = True
+    return kept
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vllm_sink.tools.heads import texts
 from vllm_sink.tools.heads.attention import Headwise
 
 NUM_NEEDLES = 8
+NO_TARGET = -100  # what cross_entropy leaves out
 
 
 def _words(text: str) -> list[str]:
@@ -138,6 +139,33 @@ def _question(tokenizer, needle: Needle) -> Question:
     return Question(needle, whole, len(whole) - common)
 
 
+def batch(haystack: Haystack, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All questions with their answers, and what each of their tokens foretells.
+
+    Returns:
+        Tokens [Q, longest], padded on the right: no query that counts can see it. And
+        as many targets: the next token where it is the answer's, else ``NO_TARGET``.
+    """
+    questions = haystack.questions
+    longest = max(len(question.tokens) for question in questions)
+    rows = [q.tokens + [q.tokens[-1]] * (longest - len(q.tokens)) for q in questions]
+    tokens = torch.tensor(rows, device=device)
+    targets = torch.full_like(tokens, NO_TARGET)
+    for index, question in enumerate(questions):
+        end = len(question.tokens) - 1
+        start = end - question.num_answer
+        targets[index, start:end] = tokens[index, start + 1 : end + 1]
+    return tokens, targets
+
+
+def repeat(cache, count: int) -> None:
+    """Make transformers' cache of one sequence one of ``count`` equal ones.
+
+    By the choice of beams, as layers of linear attention can't repeat a batch.
+    """
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+
+
 @dataclass(frozen=True)
 class Answer:
     """Loss in nats a token of the answer, and whether every token was the argmax."""
@@ -188,18 +216,13 @@ def _answers(model, haystack: Haystack, cache) -> Iterator[Answer]:
     rest = haystack.tokens[cache.get_seq_length() :]
     prompt = torch.tensor([rest], device=device)
     model.base_model(prompt, past_key_values=cache, use_cache=True)
-    questions = haystack.questions
-    longest = max(len(question.tokens) for question in questions)
-    # Padding on the right: no query that counts can see it.
-    rows = [q.tokens + [q.tokens[-1]] * (longest - len(q.tokens)) for q in questions]
-    cache.batch_repeat_interleave(len(rows))
-    batch = torch.tensor(rows, device=device)
-    logits = model(batch, past_key_values=cache, use_cache=True).logits
-    for row, question in zip(logits, questions, strict=True):
-        end = len(question.tokens)
-        start = end - question.num_answer
-        scores = torch.log_softmax(row[start - 1 : end - 1].float(), dim=-1)
-        answer = torch.tensor(question.tokens[start:end], device=device)
+    rows, targets = batch(haystack, device)
+    repeat(cache, len(rows))
+    logits = model(rows, past_key_values=cache, use_cache=True).logits
+    for row, target, question in zip(logits, targets, haystack.questions, strict=True):
+        asked = target != NO_TARGET
+        scores = torch.log_softmax(row[asked].float(), dim=-1)
+        answer = target[asked]
         loss = -scores.gather(1, answer[:, None]).mean()
         hit = bool((scores.argmax(-1) == answer).all())
         yield Answer(question.needle.kind, float(loss), hit)

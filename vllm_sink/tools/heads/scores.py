@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.tools.heads import texts
 from vllm_sink.tools.heads.attention import Headwise, Layers
 
@@ -59,7 +60,8 @@ def echo_and_induction(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[L, H] each, H query heads: the passage read twice over.
 
-    The last token of the second copy has no successor in the first; it is left out.
+    A head of a layer whose keys others read, too, has the largest value of them. The
+    last token of the second copy has no successor in the first; it is left out.
     """
     size, start = len(passage), len(opening) + len(passage)
     rows: dict[str, dict[int, torch.Tensor]] = {"echo": {}, "induction": {}}
@@ -78,6 +80,9 @@ def echo_and_induction(
         # Without the head: logits of 640 tokens would be the largest tensor.
         model.base_model(tokens, use_cache=False)
     empty = torch.zeros_like(next(iter(rows["echo"].values())))
+    for found in rows.values():
+        for reader, owner in layers.readers:
+            found[owner] = torch.maximum(found[owner], found.pop(reader))
     echo, induction = (
         torch.stack([rows[name].get(i, empty) for i in range(layers.num_layers)])
         for name in ("echo", "induction")
@@ -117,10 +122,25 @@ def combine(echo: torch.Tensor, induction: torch.Tensor, layers: Layers) -> Scor
         by_induction = ranks["induction"][head]
         return min(by_induction, ranks["echo"][head]), by_induction
 
+    measured = {"echo": echo, "induction": induction}
+    return ranked(sorted(heads, key=place), measured, layers)
+
+
+def ranked(order: list[tuple[int, int]], measured, layers: Layers) -> Scores:
+    """Scores by places: 1 for the first (layer, KV head) of ``order``, down to 1/n."""
     score = torch.zeros(layers.num_layers, layers.num_kv_heads)
-    for index, head in enumerate(sorted(heads, key=place)):
-        score[head] = 1 - index / len(heads)
-    return Scores(score, {"echo": echo, "induction": induction}, layers)
+    for index, head in enumerate(order):
+        score[head] = 1 - index / len(order)
+    return Scores(score, measured, layers)
+
+
+def continued(first: Scores, rest: Scores, share: float) -> Scores:
+    """The best of ``first``, as many as ``share`` says, then the others by ``rest``."""
+    order = first.order()
+    best = order[: num_chosen(share, len(order))]
+    others = [head for head in rest.order() if head not in set(best)]
+    measured = {**first.measured, **rest.measured}
+    return ranked(best + others, measured, first.layers)
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -118,7 +118,7 @@ def words(text: str, length: int, rng: random.Random) -> list[str]:
     found = text[start : start + size].split()
     if len(found) < length:
         raise ValueError(
-            f"--text must hold passages of {length} words in its second half, got one "
+            f"--text must hold passages of {length} words in each half, got one "
             f"of {len(found)}; give a longer text, or leave --text out"
         )
     return found
