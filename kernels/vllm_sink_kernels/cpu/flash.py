@@ -7,7 +7,8 @@ query; the rest meet the query as it is. A tile's keys are taken :data:`KEYS` at
 time: products with all its queries, their softmax, products with the values. Where
 a span is only partly visible, at the edges of the window, it is taken for a few
 queries at a time and only from the first key that one of them sees to the last.
-Nothing but the products of whole vectors at those ends is computed in vain.
+Nothing but the products of whole vectors at those ends is computed in vain. Where AMX
+multiplies (:mod:`amx`), all of a tile's queries are taken at once, at the edges, too.
 
 Whichever thread finishes a head's last part merges them, in the parts' order.
 
