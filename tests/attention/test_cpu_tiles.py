@@ -16,6 +16,7 @@ from vllm_sink_kernels.cpu import amx, amx_check, attention, flash, layouts, nat
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Turns
 
+from tests.attention import test_cpu_stock as tests
 from tests.attention.test_cpu_attention import make_batch, table_rows
 from tests.helpers.pages import stored
 from vllm_sink.attention import cpu
@@ -135,6 +136,13 @@ def test_nan_stays_nan(layout, size, is_value, emulated):
     else:
         assert torch.equal(step.out.isnan().all(2).all(1), sees)
         assert not step.out[~sees].isnan().any()
+
+
+@vectors_of_16
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="vLLM's writer of tiles")
+def test_a_stream_in_tiles_in_reused_blocks(emulated):
+    """Chunks below, across and past S + W, in tiles that vLLM's operator wrote."""
+    tests.test_streams_over_the_budget_in_reused_blocks("amx", BF16, 64, False)
 
 
 @pytest.mark.parametrize(
