@@ -15,6 +15,7 @@ from vllm_sink_kernels import reference
 from vllm_sink_kernels.cpu import amx, amx_check, attention, flash, layouts, native
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Turns
+from vllm_sink_kernels.cpu.tile_ops import made_function
 
 from tests.attention import test_cpu_stock as tests
 from tests.attention.test_cpu_attention import make_batch, table_rows
@@ -240,11 +241,11 @@ def test_products_compile_for_a_cpu_with_amx(layout):
         tiles = amx.Amx(builder)
         tiles.begin(saved)
         amx._call_product(builder, amx.AMX, False, *arguments)
-        values = amx._function(module, "values", 12, amx._values(amx.AMX, layout))
+        values = made_function(module, "values", 12, amx._values(amx.AMX, layout))
         builder.call(values, arguments[:12])
         tiles.end(saved)
 
-    amx._function(module, "step", 14, step).linkage = "external"
+    made_function(module, "step", 14, step).linkage = "external"
     cpu_with_amx = llvm.Target.from_default_triple().create_target_machine(
         cpu="sapphirerapids", features="+amx-tile,+amx-bf16", opt=3
     )

@@ -1,15 +1,12 @@
 """Products of bfloat16 in tiles, as AMX multiplies them, for the rows of a prompt.
 
-A tile is 16 rows of 64 bytes. Three of them are multiplied at a time: C, 16 rows of 16
-float32, gets A, 16 rows of 16 pairs of bfloat16, times B, the 16 rows of whose pairs
-are what A's pairs are multiplied with: [16, 16, 2]. Keys of a page stand so, in our own
-layout and in vLLM's; values are copied into pairs of tokens, once for all the rows, and
-a token that isn't seen is zero there: zero times NaN would be one. Weights are rounded
-to bfloat16 as they are taken; all sums are float32.
+Keys of a page stand as a tile takes them (:mod:`tile_ops`), in our own layout and in
+vLLM's; values are copied into pairs of tokens, once for all the rows, and a token that
+isn't seen is zero there: zero times NaN would be one. Weights are rounded to bfloat16
+as they are taken; all sums are float32.
 
-What a tile does is behind :class:`Amx`; :class:`Emulated` does the same in memory, on
-any CPU with vectors of 16, for tests. A loop that uses tiles configures them before and
-gives back the configuration that it found: vLLM's and torch's kernels have tiles, too.
+A loop that uses tiles configures them before and gives back the configuration that it
+found: vLLM's and torch's kernels have tiles, too.
 """
 
 from __future__ import annotations
@@ -23,167 +20,26 @@ from numba.extending import intrinsic
 
 from vllm_sink_kernels.cpu.layouts import TILED
 from vllm_sink_kernels.cpu.native import LANES
-from vllm_sink_kernels.cpu.vectors import (
-    F32,
-    I32,
-    I64,
-    BFloat,
-    call,
-    load,
-    multiply_add,
-    own_function,
-    splat,
-    vec,
+from vllm_sink_kernels.cpu.tile_ops import (
+    ROW_BYTES,
+    SIDE,
+    TILE_BYTES,
+    Amx,
+    Emulated,
+    made_function,
+    stack_room,
+    store,
 )
+from vllm_sink_kernels.cpu.vectors import F32, I32, I64, BFloat, load, splat, vec
 
 # What multiplies tiles: nothing, AMX, or loops that do the same.
 NONE, AMX, EMULATED = range(3)
-# Rows of a tile, and float32 or pairs of bfloat16 of a row.
-SIDE = 16
-ROW_BYTES = 64
-TILE_BYTES = SIDE * ROW_BYTES
 # Tokens of a product with values: their pairs stay in the first-level cache.
 TOKENS = 128
 # Tokens that a tile of weights multiplies.
 DEPTH = 2 * SIDE
-# The configuration of eight tiles of full size: what ``ldtilecfg`` reads.
-CONFIGURATION = bytes([1, *[0] * 15, *[ROW_BYTES, 0] * 8, *[0] * 16, *[SIDE] * 8]) + (
-    bytes(8)
-)
-I8, I16 = ir.IntType(8), ir.IntType(16)
-
-
-class Amx:
-    """AMX's eight tiles, by number; addresses and strides are int64, in bytes."""
-
-    name = "amx"
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        call(self.builder, f"llvm.x86.{name}", ir.VoidType(), list(arguments))
-
-    def _pointer(self, address: Any) -> Any:
-        return self.builder.inttoptr(address, cgutils.voidptr_t)
-
-    def zero(self, tile: int) -> None:
-        self._call("tilezero", I8(tile))
-
-    def load(self, tile: int, address: Any, stride: Any) -> None:
-        self._call("tileloadd64", I8(tile), self._pointer(address), stride)
-
-    def store(self, tile: int, address: Any, stride: Any) -> None:
-        self._call("tilestored64", I8(tile), self._pointer(address), stride)
-
-    def multiply(self, c: int, a: int, b: int) -> None:
-        self._call("tdpbf16ps", I8(c), I8(a), I8(b))
-
-    def begin(self, saved: Any) -> None:
-        """Configure the tiles; what was configured before is put at ``saved``."""
-        self._call("sttilecfg", self._pointer(saved))
-        kind = ir.ArrayType(I8, len(CONFIGURATION))
-        place = _room(self.builder, len(CONFIGURATION))
-        numbers = ir.Constant(kind, bytearray(CONFIGURATION))
-        self.builder.store(numbers, self.builder.inttoptr(place, kind.as_pointer()))
-        self._call("ldtilecfg", self._pointer(place))
-
-    def end(self, saved: Any) -> None:
-        """What was configured is again; nothing, where nothing was."""
-        self._call("ldtilecfg", self._pointer(saved))
-
-
-class Emulated:
-    """The same in memory."""
-
-    name = "emulated"
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-        self.tiles = _room(builder, 8 * TILE_BYTES)
-
-    def _tile(self, tile: int) -> Any:
-        return self.builder.add(self.tiles, I64(tile * TILE_BYTES))
-
-    def zero(self, tile: int) -> None:
-        zero = ir.Constant(vec(I32), [0] * LANES)
-        for i in range(SIDE):
-            place = self.builder.add(self._tile(tile), I64(ROW_BYTES * i))
-            _store(self.builder, zero, place)
-
-    def load(self, tile: int, address: Any, stride: Any) -> None:
-        self._copy(address, stride, self._tile(tile), I64(ROW_BYTES))
-
-    def store(self, tile: int, address: Any, stride: Any) -> None:
-        self._copy(self._tile(tile), I64(ROW_BYTES), address, stride)
-
-    def _copy(self, source: Any, from_row: Any, to: Any, to_row: Any) -> None:
-        builder = self.builder
-        with cgutils.for_range(builder, I64(SIDE), intp=I64) as row:
-            place = builder.add(source, builder.mul(row.index, from_row))
-            x = load(builder, place, vec(I32), 1)
-            _store(builder, x, builder.add(to, builder.mul(row.index, to_row)))
-
-    def multiply(self, c: int, a: int, b: int) -> None:
-        module = self.builder.module
-        function = _function(module, "sink_emulated_product", 3, _emulated_product)
-        self.builder.call(function, [self._tile(x) for x in (c, a, b)])
-
-    def begin(self, saved: Any) -> None:
-        pass
-
-    def end(self, saved: Any) -> None:
-        pass
-
-
-def _emulated_product(builder: Any, c: Any, a: Any, b: Any) -> None:
-    """C += A B of three tiles in memory."""
-    upper, lower = splat(builder, I32(0xFFFF0000)), splat(builder, I32(16))
-
-    def pair(bits: Any) -> list[Any]:
-        halves = builder.shl(bits, lower), builder.and_(bits, upper)
-        return [builder.bitcast(x, vec(F32)) for x in halves]
-
-    with cgutils.for_range(builder, I64(SIDE), intp=I64) as m:
-        at_row = builder.mul(m.index, I64(ROW_BYTES))
-        place, row = builder.add(c, at_row), builder.add(a, at_row)
-        total = cgutils.alloca_once_value(builder, load(builder, place, vec(F32), 4))
-        with cgutils.for_range(builder, I64(SIDE), intp=I64) as k:
-            number = builder.add(row, builder.mul(k.index, I64(4)))
-            x = pair(splat(builder, load(builder, number, I32, 4)))
-            line = builder.add(b, builder.mul(k.index, I64(ROW_BYTES)))
-            y = pair(load(builder, line, vec(I32), 4))
-            for one, other in zip(x, y, strict=True):
-                new = multiply_add(builder, one, other, builder.load(total))
-                builder.store(new, total)
-        _store(builder, builder.load(total), place)
-
-
+I16 = ir.IntType(16)
 _OPERATIONS: dict[int, type[Amx] | type[Emulated]] = {AMX: Amx, EMULATED: Emulated}
-
-
-def _room(builder: Any, size: int) -> Any:
-    """The address of so many bytes of the stack; Numba's would be filled with zeros."""
-    with builder.goto_entry_block():
-        place = builder.alloca(ir.ArrayType(I8, size))
-        place.align = ROW_BYTES
-        return builder.ptrtoint(place, I64)
-
-
-def _store(builder: Any, x: Any, address: Any) -> None:
-    builder.store(x, builder.inttoptr(address, x.type.as_pointer()), align=1)
-
-
-def _function(
-    module: Any, name: str, num_arguments: int, emit: Callable[..., None]
-) -> Any:
-    """A module's own function of so many int64, which ``emit`` gives its body once."""
-    function, is_new = own_function(module, name, num_arguments)
-    if is_new:
-        builder = ir.IRBuilder(function.append_basic_block())
-        emit(builder, *function.args)
-        builder.ret_void()
-    return function
 
 
 def _product(kind: int, adds: bool) -> Callable:
@@ -256,7 +112,7 @@ def _product(kind: int, adds: bool) -> Callable:
 def _call_product(builder: Any, kind: int, adds: bool, *arguments: Any) -> None:
     name = f"sink_tiles_{_OPERATIONS[kind].name}_{int(adds)}"
     emit = _product(kind, adds)
-    function = _function(builder.module, name, len(arguments), emit)
+    function = made_function(builder.module, name, len(arguments), emit)
     builder.call(function, arguments)
 
 
@@ -285,7 +141,7 @@ def _round_weights(builder, weights, pitch, skip, count, rows, to, steps):
             step = builder.mul(builder.sdiv(half.index, I64(2)), I64(TILE_BYTES))
             part = builder.mul(builder.srem(half.index, I64(2)), I64(ROW_BYTES // 2))
             there = builder.add(builder.add(builder.add(to, line), step), part)
-            _store(builder, builder.fptrunc(x, vec(BFloat())), there)
+            store(builder, builder.fptrunc(x, vec(BFloat())), there)
 
 
 def _pair_values(layout: int) -> Callable:
@@ -316,7 +172,7 @@ def _pair_values(layout: int) -> Callable:
             with cgutils.for_range(builder, columns, intp=I64) as column:
                 there = builder.add(line, builder.mul(column.index, I64(TILE_BYTES)))
                 there = builder.add(to, there)
-                _store(builder, ir.Constant(vec(I32), [0] * LANES), there)
+                store(builder, ir.Constant(vec(I32), [0] * LANES), there)
                 with builder.if_then(is_any):
                     if layout == TILED:
                         at = builder.add(values, builder.mul(column.index, step))
@@ -332,7 +188,7 @@ def _pair_values(layout: int) -> Callable:
                             for x in (at, builder.add(at, row))
                         )
                         bits = builder.or_(one, builder.shl(other, upper))
-                    _store(builder, builder.and_(bits, seen), there)
+                    store(builder, builder.and_(bits, seen), there)
 
     return emit
 
@@ -349,10 +205,10 @@ def _values(kind: int, layout: int) -> Callable:
         steps = builder.add(builder.add(skip, count), I64(DEPTH - 1))
         steps = builder.sdiv(steps, I64(DEPTH))
         name = f"sink_tiles_values_{layout}"
-        pack = _function(module, name, 8, _pair_values(layout))
+        pack = made_function(module, name, 8, _pair_values(layout))
         builder.call(pack, [values, row, step, offset, count, room, steps, columns])
         size = 2 * (TOKENS // DEPTH) * TILE_BYTES
-        rounded = _room(builder, size)
+        rounded = stack_room(builder, size)
         a_tile = builder.mul(steps, I64(TILE_BYTES))
         b_k = builder.mul(columns, I64(TILE_BYTES))
         with cgutils.for_range_slice(builder, I64(0), rows, I64(2 * SIDE), I64) as (
@@ -362,7 +218,7 @@ def _values(kind: int, layout: int) -> Callable:
             left = builder.sub(rows, m)
             is_all = builder.icmp_signed("<", left, I64(2 * SIDE))
             left = builder.select(is_all, left, I64(2 * SIDE))
-            own = _function(module, "sink_tiles_weights", 7, _round_weights)
+            own = made_function(module, "sink_tiles_weights", 7, _round_weights)
             at = builder.add(weights, builder.mul(m, pitch))
             builder.call(own, [at, pitch, skip, count, left, rounded, steps])
             _call_product(
@@ -442,7 +298,7 @@ def tiled_values(
         if kind.literal_value != NONE:
             name = f"sink_tiles_sums_{kind.literal_value}_{layout.literal_value}"
             emit = _values(kind.literal_value, layout.literal_value)
-            function = _function(builder.module, name, 12, emit)
+            function = made_function(builder.module, name, 12, emit)
             builder.call(function, arguments[2:])
         return context.get_dummy_value()
 
