@@ -55,9 +55,9 @@ def attend(q, pages, plan, out, **options):
     attention.attend(q, HeadCaches.of_layer(stored(pages)), plan, out, **options)
 
 
-def table_rows(rotary_dim: int) -> torch.Tensor:
+def table_rows(rotary_dim: int, length: int = 400) -> torch.Tensor:
     frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
-    angle = torch.arange(400)[:, None] * frequency
+    angle = torch.arange(length)[:, None] * frequency
     return 1.2 * torch.cat([angle.cos(), angle.sin()], dim=1)  # YaRN's magnitude
 
 

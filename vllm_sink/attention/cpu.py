@@ -11,7 +11,14 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm_sink_kernels.cpu import attention, layouts, native, write
+from vllm_sink_kernels.cpu import (
+    amx,
+    amx_check,
+    attention,
+    layouts,
+    native,
+    write,
+)
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.rows import Kind, Slots, Turns
 
@@ -30,7 +37,10 @@ logger = init_logger("vllm.plugins.sink")
 
 @functools.cache
 def _compile_loops(
-    cache_dtype: torch.dtype, dtype: torch.dtype, layout: int = layouts.OWN
+    cache_dtype: torch.dtype,
+    dtype: torch.dtype,
+    layout: int = layouts.OWN,
+    kind: int = amx.NONE,
 ) -> None:
     """The loops are compiled or found now; the log says which, and how long it took."""
     folder = native.FOLDER
@@ -43,12 +53,25 @@ def _compile_loops(
         logger.info("Compiling the %s, once; they are %s.", loops, kept)
 
     start = time.monotonic()
-    if attention.compile_for(cache_dtype, dtype, layout, on_start=announce):
+    if attention.compile_for(cache_dtype, dtype, layout, kind, on_start=announce):
         logger.info("Compiled the %s in %.1f s.", loops, time.monotonic() - start)
     else:
         logger.info(
             "Found the %s in %s, %.1f s.", loops, folder, time.monotonic() - start
         )
+
+
+def _start_loops(spec: AttentionSpec, dtype: torch.dtype, layout: int) -> None:
+    """A group's loops are there, with AMX's tiles where those answer rightly."""
+    sizes = spec.block_size, spec.head_size
+    kind = amx_check.possible(spec.dtype, dtype, layout, *sizes)
+    _compile_loops(spec.dtype, dtype, layout, kind)
+    fault = amx_check.find_fault(kind, layout, *sizes)
+    if fault is not None:
+        logger.warning_once("Prompts are multiplied without AMX's tiles: %s.", fault)
+        _compile_loops(spec.dtype, dtype, layout)
+    elif kind != amx.NONE:
+        logger.info_once("Prompts are multiplied in AMX's tiles.")
 
 
 @dataclass
@@ -111,7 +134,7 @@ class SinkCpuMetadataBuilder(SinkBuilderBase[SinkCpuMetadata]):
                 self.stock.isa,
             )
         layout = self.stock.layout if self.stock else layouts.OWN
-        _compile_loops(kv_cache_spec.dtype, model.dtype, layout)
+        _start_loops(kv_cache_spec, model.dtype, layout)
         num_kv_heads = model.get_num_kv_heads(parallel)
         self.group_size = model.get_num_attention_heads(parallel) // num_kv_heads
 

@@ -1,8 +1,9 @@
 """Rows that see everything, given to vLLM's own CPU kernel where it is the faster one.
 
 Below S + W the policy is plain causal attention. Where the CPU has AMX, vLLM's kernel
-multiplies bfloat16 in its tiles and ours does not: those rows of a step are its work,
-and the cache is written in its layout, which our loops read for the rows that follow.
+is the faster one in bfloat16 as far as was measured, against our loops without tiles:
+those rows of a step are its work, and the cache is written in its layout, which our
+loops read for the rows that follow.
 Both are tried at start: of a layout that isn't known, or a kernel that answers
 otherwise than torch, nothing is borrowed.
 """

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numba.core import event
 
-from vllm_sink_kernels.cpu import flash, write
+from vllm_sink_kernels.cpu import amx, amx_check, flash, write
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.layouts import OWN
 from vllm_sink_kernels.cpu.rows import Kind, Tiles, Turns
@@ -125,6 +125,9 @@ def attend(
     """
     if sink_logits is not None:
         sink_logits = sink_logits.float().contiguous()
+    kind = amx_check.chosen(
+        caches.dtype, q.dtype, caches.layout, caches.block_size, caches.head_size
+    )
     for tiles in (plan.decode, plan.prefill):
         if tiles is not None:
             flash.attend_tiles(
@@ -136,6 +139,7 @@ def attend(
                 turns=turns,
                 soft_cap=soft_cap,
                 sink_logits=sink_logits,
+                kind=kind,
             )
 
 
@@ -159,6 +163,7 @@ def compile_for(
     cache_dtype: torch.dtype,
     q_dtype: torch.dtype | None = None,
     layout: int = OWN,
+    kind: int = amx.NONE,
     *,
     on_start: Callable[[], None] = lambda: None,
 ) -> bool:
@@ -166,6 +171,7 @@ def compile_for(
 
     Args:
         layout: Of the cache's pages, of :mod:`layouts`; none but our own is written.
+        kind: What can multiply in tiles, of :mod:`amx`.
         on_start: Called before the first is compiled; not at all where they are found.
 
     Returns:
@@ -173,7 +179,7 @@ def compile_for(
     """
     start = _Start(on_start)
     with event.install_listener("numba:run_pass", start):
-        flash.loop(cache_dtype, q_dtype or cache_dtype, layout)
+        flash.loop(cache_dtype, q_dtype or cache_dtype, layout, kind)
         if layout == OWN:
             write.loop(cache_dtype)
     return start.has_told

@@ -7,7 +7,8 @@ query; the rest meet the query as it is. A tile's keys are taken :data:`KEYS` at
 time: products with all its queries, their softmax, products with the values. Where
 a span is only partly visible, at the edges of the window, it is taken for a few
 queries at a time and only from the first key that one of them sees to the last.
-Nothing but the products of whole vectors at those ends is computed in vain.
+Nothing but the products of whole vectors at those ends is computed in vain. Where AMX
+multiplies (:mod:`amx`), all of a tile's queries are taken at once, at the edges, too.
 
 Whichever thread finishes a head's last part merges them, in the parts' order.
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from vllm_sink_kernels.cpu import micro, native
+from vllm_sink_kernels.cpu.amx import NONE, SIDE, TOKENS, begin_tiles, end_tiles
 from vllm_sink_kernels.cpu.heads import HeadCaches
 from vllm_sink_kernels.cpu.layouts import OWN, PLAIN
 from vllm_sink_kernels.cpu.micro import LANES, ROWS
@@ -44,12 +46,17 @@ from vllm_sink_kernels.cpu.span import F32, KEYS, PITCH, add_logits, merge, span
 # Floats of keys and values up to which one thread is as fast as two, of which the
 # other has to wake (SmolLM2-135M on two cores: up to 170 keys).
 SERIAL_FLOATS = 64 * 1024
+# Up to so many queries no product is in AMX's tiles: decode and speculation are bound
+# by memory.
+FEW_QUERIES = 8
+# What the configuration of AMX's tiles takes.
+TILES_BYTES = 64
 I64 = np.int64
 
 Job, _SIGNATURE = native.job_type(
     "FlashJob",
     FIELDS + "q q_stride out out_stride max_parts partial "
-    "num_done threads scratch scratch_bytes",
+    "num_done threads scratch scratch_bytes scratch_rows room_bytes",
     "scale soft_cap",
 )
 
@@ -64,6 +71,8 @@ def attend_tiles(
     turns: Turns | None = None,
     soft_cap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
+    kind: int = NONE,
+    in_tiles: bool = True,
 ) -> None:
     """Attention of the tiles' queries, written into ``out``: one call a layer.
 
@@ -72,6 +81,8 @@ def attend_tiles(
         caches: The layer's; its heads may be of several kinds.
         turns: The sink turn of the step's tokens; None leaves the query as it is.
         scale, soft_cap, sink_logits: As in :func:`.attention.attend`.
+        kind: What can multiply in tiles, of :mod:`amx`.
+        in_tiles: Whether it does.
     """
     q, result = _rows(q), out
     if _rows(out) is not out or out.dtype != q.dtype:
@@ -87,12 +98,17 @@ def attend_tiles(
         job.partial = tiles.scratch("parts", size.parts_bytes)
     job.num_done = tiles.zeros("done", job.num_tiles * caches.num_heads, np.int64)
     num_threads = torch.get_num_threads() if size.num_floats > SERIAL_FLOATS else 1
+    rows, job.room_bytes = size.num_rows, 0
+    if kind != NONE and in_tiles and tiles.max_queries > FEW_QUERIES:
+        rows, job.room_bytes = -(-rows // SIDE) * SIDE, 2 * TOKENS * head_size
+    job.scratch_rows = rows
     # q twice, its bits, scores, sums; a row's maximum, denominator and peak.
-    floats = size.num_rows * (3 * head_size + head_size // 2 + PITCH + 3) + 8 * LANES
+    floats = rows * (3 * head_size + head_size // 2 + PITCH + 3) + 8 * LANES
+    floats += (TILES_BYTES + job.room_bytes) // 4
     job.scratch_bytes = -(-4 * floats // 64) * 64
     job.scratch = tiles.scratch("tiles", num_threads * job.scratch_bytes)
     job.threads = tiles.counter()
-    native.run(loop(caches.dtype, q.dtype, caches.layout), job, num_threads)
+    native.run(loop(caches.dtype, q.dtype, caches.layout, kind), job, num_threads)
     if result is not out:
         changed = torch.from_numpy(tiles.rows)
         out[changed] = result[changed].to(out.dtype)
@@ -104,7 +120,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
+def loop(
+    cache_dtype: torch.dtype,
+    q_dtype: torch.dtype,
+    layout: int = OWN,
+    kind: int = NONE,
+):
     """:data:`Job` -> the tiles' rows of ``out``; seconds to compile, once a machine."""
     dtype, q_storage = native.STORAGE[cache_dtype], native.STORAGE[q_dtype]
     size, q_size = dtype.itemsize, q_storage.itemsize
@@ -114,16 +135,20 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
     pack = 2 if is_paired else 1
     version = native.VERSION
 
-    @native.compiled(_SIGNATURE, f"attend_{layout}", cache_dtype, q_dtype)
+    name = f"attend_{layout}" + (f"_{kind}" if kind != NONE else "")
+
+    @native.compiled(_SIGNATURE, name, cache_dtype, q_dtype)
     def attend(pointer):
         job = numba.carray(pointer, 1)[0]
         if version == 0:
             return
         head_size, group = job.head_size, job.num_heads // job.num_kv_heads
         block_size = job.block_size
-        all_rows = job.max_queries * group
+        all_rows = job.scratch_rows
         # This thread's memory.
-        scores = job.scratch + take(job.threads, 1) * job.scratch_bytes
+        before = job.scratch + take(job.threads, 1) * job.scratch_bytes
+        room = before + TILES_BYTES
+        scores = room + job.room_bytes
         sums = scores + 4 * all_rows * PITCH
         query = sums + 4 * all_rows * head_size
         turned = query + 4 * all_rows * head_size
@@ -131,8 +156,14 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
         tops = bits + 2 * all_rows * head_size
         totals = tops + 4 * all_rows
         peaks = totals + 4 * all_rows
-        state = (scores, sums, tops, totals, peaks)
-        part_floats = all_rows * (head_size + 2)
+        state = (scores, sums, tops, totals, peaks, room)
+        part_floats = job.max_queries * group * (head_size + 2)
+        # Where nothing multiplies in tiles, what is for them isn't compiled.
+        has_tiles = False
+        if kind != NONE:
+            has_tiles = job.room_bytes > 0
+            if has_tiles:
+                begin_tiles(kind, before)
         num_items = job.num_tiles * job.num_kv_heads * job.max_parts
         while True:
             item = take(pointer, 1)
@@ -146,15 +177,18 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
             request, position = at(I64, tile, 2), at(I64, tile, 3)
             last = position + count - 1
             i_kind = at(I64, job.head_kinds, i_head)
-            kind = job.kinds + 32 * i_kind
-            num_sink_tokens, window_size = at(I64, kind, SINKS), at(I64, kind, WINDOW)
+            policy = job.kinds + 32 * i_kind
+            num_sink_tokens = at(I64, policy, SINKS)
+            window_size = at(I64, policy, WINDOW)
             low = max(0, position - window_size + 1)
             first_block = low // block_size
             num_parts = (last // block_size - first_block) // job.part_blocks + 1
             if i_part >= num_parts:
                 continue
-            blocks = at(I64, kind, TABLE) + 4 * request * at(I64, kind, STRIDE)
+            blocks = at(I64, policy, TABLE)
+            blocks += 4 * request * at(I64, policy, STRIDE)
             num_rows = count * group
+            in_tiles = has_tiles and count > FEW_QUERIES
             at_head = i_head * group
             for t in range(count):
                 # Read outside: a loop that reads the job is not vectorized.
@@ -163,7 +197,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
                 for d in range(group * head_size):
                     x = at(q_storage, own, d)
                     put(F32, query, to + d, x)
-                    if is_dot:
+                    if is_dot or (kind != NONE and in_tiles):
                         put(q_storage, bits, to + d, x)
             for m in range(num_rows):
                 put(F32, tops, m, np.float32(-np.inf))
@@ -203,9 +237,10 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
             end = min(
                 last + 1, (first_block + (i_part + 1) * job.part_blocks) * block_size
             )
-            # All queries see [inner, outer): taken by itself, at full speed.
+            # All queries see [inner, outer): taken by itself, at full speed. Tiles
+            # take what only some see as fast.
             inner, outer = begin // LANES * LANES, end
-            if num_rows > ROWS:
+            if num_rows > ROWS and not in_tiles:
                 inner = max(inner, (last - window_size + LANES) // LANES * LANES)
                 outer = max(inner, (position + 1) // LANES * LANES)
             # First the sinks, then the window.
@@ -221,7 +256,7 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
                         stop = min(stop, outer)
                     seen = (first, stop, position - window_size + 1, 1, position + 1)
                     at_query, lda = query, 4 * head_size
-                    if is_dot:
+                    if is_dot or (kind != NONE and in_tiles):
                         at_query, lda = bits, 2 * head_size
                 else:
                     stop = min(first + KEYS, num_sinks)
@@ -231,9 +266,11 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
                     layout,
                     dtype,
                     q_storage,
+                    kind,
                     pack,
                     size,
                     is_window,
+                    in_tiles and is_window,
                     at_query,
                     lda,
                     seen,
@@ -280,6 +317,8 @@ def loop(cache_dtype: torch.dtype, q_dtype: torch.dtype, layout: int = OWN):
                     for d in range(head_size):
                         x = at(F32, sums, m * head_size + d) * inverse
                         put(q_storage, to, g * head_size + d, x)
+        if kind != NONE and has_tiles:
+            end_tiles(kind, before)
 
     return attend
 

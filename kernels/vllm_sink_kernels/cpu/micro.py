@@ -30,9 +30,11 @@ from vllm_sink_kernels.cpu.vectors import (
     F32,
     I32,
     I64,
+    BFloat,
     call,
     load,
     multiply_add,
+    own_function,
     splat,
     vec,
 )
@@ -48,19 +50,6 @@ if LANES == 16:
     TILES = ((8, 3), (4, 6), (2, 6), (1, 6))
 # Rows of a product.
 ROWS = 6
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not have."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 def _high_half(builder: Any, bits: Any) -> Any:
@@ -154,7 +143,7 @@ def _emit(builder: Any, product: Kind, rows: int, vectors: int, arguments: Any):
         for step in range(steps):
             if kind == "dot":
                 bits = splat(builder, load(builder, row, I32, 4))
-                pairs = ir.VectorType(_BFloat(), 2 * LANES)
+                pairs = ir.VectorType(BFloat(), 2 * LANES)
                 x = builder.bitcast(bits, pairs)
             else:
                 number = builder.add(row, I64(4 * step))
@@ -190,25 +179,9 @@ def _emit(builder: Any, product: Kind, rows: int, vectors: int, arguments: Any):
         builder.store(final, pointer, align=4)
 
 
-def _function(module: Any, name: str, num_arguments: int) -> tuple[Any, bool]:
-    """A module's own function of so many int64, and whether it has no body yet.
-
-    A function that Numba compiles is a library, which is optimized and turned into
-    machine code by itself and again in everything that calls it.
-    """
-    known = module.globals.get(name)
-    if known is not None:
-        return known, False
-    signature = ir.FunctionType(ir.VoidType(), [I64] * num_arguments)
-    function = ir.Function(module, signature, name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    return function, True
-
-
 def _product(module: Any, kind: Kind, vectors: int, max_rows: int) -> Any:
     """(a, lda, b, ldb, step, c, ldc, k, rows): ``rows`` <= ``max_rows``."""
-    function, is_new = _function(module, f"sink_product_{kind.name}_{vectors}", 9)
+    function, is_new = own_function(module, f"sink_product_{kind.name}_{vectors}", 9)
     if is_new:
         *numbers, count = function.args
         builder = ir.IRBuilder(function.append_basic_block())
@@ -227,7 +200,7 @@ def _product(module: Any, kind: Kind, vectors: int, max_rows: int) -> Any:
 
 def _matmul(module: Any, kind: Kind) -> Any:
     """C (+)= A B over (a, lda, b, ldb, step, c, ldc, k, rows, columns), see below."""
-    function, is_new = _function(module, f"sink_matmul_{kind.name}", 10)
+    function, is_new = own_function(module, f"sink_matmul_{kind.name}", 10)
     if not is_new:
         return function
     (wide, wide_rows), (n0, _), (n1, _), (n2, _) = TILES

@@ -14,6 +14,7 @@ import math
 import numba
 import numpy as np
 
+from vllm_sink_kernels.cpu.amx import NONE, TOKENS, tiled_keys, tiled_values
 from vllm_sink_kernels.cpu.layouts import TILE, TILED
 from vllm_sink_kernels.cpu.micro import (
     LANES,
@@ -38,15 +39,31 @@ VALUES = 64
 
 @numba.njit(inline="always", **OPTIONS)
 def span(
-    layout, dtype, q_dtype, pack, size, is_window, q, lda, seen, options, cache, state
+    layout,
+    dtype,
+    q_dtype,
+    tiles,
+    pack,
+    size,
+    is_window,
+    in_tiles,
+    q,
+    lda,
+    seen,
+    options,
+    cache,
+    state,
 ):
     """Keys [first, end) added to a tile's softmax and sums.
 
     Args:
         layout: Of the cache's pages, of :mod:`layouts`; a constant, as the next.
         dtype, q_dtype: Of the cache and of the window's queries.
+        tiles: What multiplies in tiles, of :mod:`amx`.
         pack, size: Dims of a key side by side; bytes of a number of the cache.
         is_window: Which queries ``q`` are: the window's or the turned ones.
+        in_tiles: Whether the products are of whole tiles, of all rows at once; ``q``
+            is then bfloat16.
         q, lda: Address of row 0, bytes of a row.
         seen: first, end, low, slope, high: query t of the tile sees the keys
             [low + slope t, high + t) of these; first is a multiple of LANES.
@@ -54,21 +71,23 @@ def span(
         cache: Address of block 0's page, bytes of a block, N, D and the address of
             the blocks.
         state: Addresses of scores [M, PITCH], sums [M, D], tops [M] (to base 2),
-            totals [M], changed, and of room for M floats.
+            totals [M], changed, of room for M floats and of the tiles' room.
     """
     first, end, low, slope, high = seen
     count, group, _scale, _soft_cap = options
     pages, block_bytes, block_size, head_size, blocks = cache
-    at_scores, at_sums, _tops, _totals, _peaks = state
-    key_row, key_token, key_step = block_size * pack * size, pack * size, 0
+    at_scores, at_sums, _tops, _totals, _peaks, room = state
+    key_row, key_token = block_size * pack * size, pack * size
+    key_step = LANES * key_token
     value_row, value_step = head_size * size, 0
+    most = TOKENS if in_tiles else VALUES
     if layout == TILED:
         key_row = value_row = TILE * 2 * size
         key_token, key_step = head_size * size, TILE * head_size * size
         value_step = TILE * block_size * size
     columns = head_size // LANES
     step = count
-    if low + slope * (count - 1) > first or high < end:
+    if not in_tiles and (low + slope * (count - 1) > first or high < end):
         step = max(1, ROWS // group)
     for t0 in range(0, count, step):
         t1 = min(t0 + step, count)
@@ -86,7 +105,21 @@ def span(
             to = at_rows + 4 * (k - first)
             vectors = (n + LANES - 1) // LANES
             at_q, steps = q + m0 * lda, head_size // pack
-            if is_window:
+            if tiles != NONE and in_tiles:
+                tiled_keys(
+                    tiles,
+                    at_q,
+                    lda,
+                    at_keys,
+                    key_row,
+                    key_step,
+                    to,
+                    4 * PITCH,
+                    steps,
+                    rows,
+                    vectors,
+                )
+            elif is_window:
                 keys_product(
                     layout,
                     dtype,
@@ -123,11 +156,30 @@ def span(
         k = start
         while k < stop:
             offset = k % block_size
-            n = min(block_size - offset, stop - k, VALUES - offset % 2)
+            n = min(block_size - offset, stop - k, most - offset % 2)
             page = pages + at(np.int32, blocks, k // block_size) * block_bytes
             values = page + block_size * head_size * size
             weights, tokens, i_row = at_rows + 4 * (k - first), n, offset
             sums = at_sums + 4 * m0 * head_size
+            if tiles != NONE and in_tiles:
+                tiled_values(
+                    tiles,
+                    layout,
+                    weights,
+                    4 * PITCH,
+                    values,
+                    value_row,
+                    value_step,
+                    offset,
+                    n,
+                    sums,
+                    4 * head_size,
+                    rows,
+                    columns,
+                    room,
+                )
+                k += n
+                continue
             if layout == TILED:
                 # Pairs of tokens. One whose other half isn't seen comes by itself: of
                 # a number that isn't seen, NaN maybe, not even zero times it counts.
@@ -210,7 +262,7 @@ def _softmax(m0, m1, part, options, head_size, state):
     """
     first, start, stop, _low, _slope, _high = part
     _count, group, scale, soft_cap = options
-    scores, sums, tops, totals, peaks = state
+    scores, sums, tops, totals, peaks, _room = state
     inner, twice = scale * LOG2_E, np.float32(0.0)
     if soft_cap > 0.0:
         twice = np.float32(-2.0) * inner / soft_cap

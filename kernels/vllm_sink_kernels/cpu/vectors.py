@@ -14,6 +14,19 @@ from vllm_sink_kernels.cpu.native import LANES
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
+class BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
 def vec(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
@@ -34,6 +47,22 @@ def call(builder: Any, name: str, result: ir.Type, arguments: list[Any]) -> Any:
     signature = ir.FunctionType(result, [x.type for x in arguments])
     function = cgutils.get_or_insert_function(builder.module, signature, name)
     return builder.call(function, arguments)
+
+
+def own_function(module: Any, name: str, num_arguments: int) -> tuple[Any, bool]:
+    """A module's own function of so many int64, and whether it has no body yet.
+
+    A function that Numba compiles is a library, which is optimized and turned into
+    machine code by itself and again in everything that calls it.
+    """
+    known = module.globals.get(name)
+    if known is not None:
+        return known, False
+    signature = ir.FunctionType(ir.VoidType(), [I64] * num_arguments)
+    function = ir.Function(module, signature, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function, True
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
