@@ -134,12 +134,9 @@ def heads_of_workers(
     for rank in range(num_ranks):
         held = heads_held(heads, num_ranks, rank)
         for stage, layers in enumerate(stages):
-            kinds = [
-                kind[head]
-                for i in layers
-                if (kind := heads.is_retrieval[i])
-                for head in held
-            ]
+            rows = [heads.is_retrieval[i] for i in layers]
+            # A layer that the policy doesn't govern has an empty row.
+            kinds = [row[head] for row in rows if row for head in held]
             retrieval, streaming = sum(kinds), len(kinds) - sum(kinds)
             if draft is not None and stage == len(stages) - 1:
                 num_draft_heads = draft.num_layers
