@@ -208,8 +208,8 @@ def test_one_command_draws_every_picture_from_the_committed_numbers(
     reproduce.main()
     drawn = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
     assert min(drawn.values()) > 5000
-    # By other commands: a run of evals.run, and one of vllm-sink heads.
-    others = {"retrieval_niah.png", "heads_fraction.png"}
+    # By other commands: evals.run, vllm-sink heads, evals.peers.
+    others = {"retrieval_niah.png", "heads_fraction.png", "peers.png"}
     assert drawn.keys() == {path.name for path in committed.glob("*.png")} - others
 
 

@@ -159,6 +159,13 @@ CASES = [
         "with value {'window_size': 60}; rename it to 'sink'",
     ),
     Case(
+        "pipeline stages of heads of two kinds beside other layers",
+        "pipeline_parallel_size",
+        BESIDE | {"parallel_config__pipeline_parallel_size": 2},
+        "pipeline_parallel_size must be 1 with retrieval heads in a model that has "
+        "layers of other kinds, got 2; use tensor parallelism",
+    ),
+    Case(
         "decode context parallel",
         "decode_context_parallel_size",
         {"parallel_config__decode_context_parallel_size": 2},
