@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The tests, in parts that two workers take from one queue; a third takes what mostly
-# waits for other processes to start.
+# The tests, in parts that two workers take from one queue.
 #   bash scripts/test.sh            the whole gate: at most 30 minutes on two cores
 #   bash scripts/test.sh --quick    what most mistakes break, in at most 4 minutes
 #   bash scripts/test.sh --changed [REVISION]   tests that import what differs from
@@ -30,7 +29,7 @@ LOGS=$ROOT/.cache/test-logs
 rm -rf "$LOGS"
 mkdir -p "$LOGS"
 
-NAMES=() COMMANDS=() QUEUES=() CHANGED=()
+NAMES=() COMMANDS=() CHANGED=()
 if [[ $mode == --changed ]]; then
     mapfile -t CHANGED < <("$PYTHON" -m tests.changed ${revision:+"$revision"})
     echo "${#CHANGED[@]} test files reach what changed"
@@ -39,7 +38,6 @@ fi
 add() { # NAME COMMAND...
     NAMES+=("$1")
     COMMANDS+=("$(printf '%q ' "${@:2}")")
-    QUEUES+=("${QUEUE:-}")
 }
 
 # Adds a pytest process; of its paths only what reaches a change, if that is asked.
@@ -88,7 +86,7 @@ quick() {
 # The longest first, so that the workers end together.
 whole() {
     local processes=(tests/engine/test_{ray,ray_serve,server,heads_parallel}.py)
-    QUEUE=waits tests "engine, processes" "${processes[@]}"
+    tests "engine, processes" "${processes[@]}"
     tests "engine" "${processes[@]/#/--ignore=}" tests/engine
     tests "attention" tests/attention
     tests "cache, evals, soak's parts" tests/cache tests/evals tests/soak
@@ -102,8 +100,11 @@ whole() {
         VLLM_SINK_EXPECT_VLLM="$VLLM_CPU" "-mnot power" tests/runner_v2
     tests "kernels, interpreted" TRITON_INTERPRET=1 tests/kernels
     tests "zoo" tests/zoo
-    [[ $mode == --changed ]] ||
-        add "soak, three minutes" "$PYTHON" -m tests.soak --minutes 3 --seed 1 --clients 40
+    [[ $mode == --changed ]] || {
+        add "soak" "$PYTHON" -m tests.soak --minutes 2 --seed 1 --clients 40
+        add "soak, host memory" "$PYTHON" -m tests.soak --minutes 1 --seed 3 \
+            --clients 40 --host-cache
+    }
     tests "kernels, compiled" tests/kernels_aot
     # The Triton that the next vLLM's torch pins compiles otherwise.
     tests "kernels, Triton ${TRITON_NEXT%.*}" PYTHONPATH="$NEXT_TRITON" \
@@ -134,10 +135,9 @@ part() { # INDEX
     [[ $status == ok ]] || sed "s/^/    /" "$log"
 }
 
-worker() { # [QUEUE]: its parts that no other worker has taken, in order.
+worker() { # Parts that no other worker has taken, in order.
     local index
     for index in "${!NAMES[@]}"; do
-        [[ ${QUEUES[$index]} == "${1:-}" ]] || continue
         mkdir "$LOGS/$index.taken" 2>/dev/null || continue
         part "$index"
     done
@@ -151,10 +151,9 @@ case $mode in
 --quick) quick ;;
 *) whole ;;
 esac
-worker & first=$!
-worker waits & waiting=$!
+worker &
 worker
-wait "$first" "$waiting"
+wait
 
 printf '\n== the slowest tests\n'
 grep -hE '^ *[0-9.]+s (call|setup|teardown) ' "$LOGS"/*.log | sort -rn |

@@ -16,6 +16,8 @@ from vllm_sink.plugin.ray_executor import CpuRayExecutor
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray lets its workers wait for all other programs (15): for minutes, beside tests.
+    "RAY_worker_niceness": "0",
     # After ray.shutdown, nothing may start a cluster by itself.
     "RAY_ENABLE_AUTO_CONNECT": "0",
     "VLLM_HOST_IP": "127.0.0.2",
