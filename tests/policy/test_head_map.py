@@ -280,6 +280,10 @@ class TestLayersBeside:
             },
             (None, 1, None, 1),
         ),
+        (  # the last layer that has keys of its own, of several
+            {"layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 1},
+            (0, 1, 2, 2),
+        ),
     ],
 )
 def test_the_governed_layers_of_a_configuration(config, owners):
