@@ -170,6 +170,7 @@ def test_memory_sizes(text):
         st.one_of(json_values, st.integers(0, 64), st.lists(st.just("full_attention"))),
     )
 )
+@example({"num_hidden_layers": 2**31})  # a list of that length takes 16 GiB
 def test_any_model_configuration(values):
     """The calculator counts it or says in one line why not."""
     plain = {

@@ -25,6 +25,7 @@ from vllm_sink.tools.reading import reading
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 FULL, SLIDING = "full_attention", "sliding_attention"
 LINEAR = "linear_attention"
+MOST_LAYERS = 9999
 OWN_FIGURE = "read vLLM's own figure in its start-up log"
 # Names of the number of KV heads, as vLLM 0.32 reads them.
 KV_HEADS = (
@@ -232,7 +233,8 @@ def _generates(config: Any) -> bool:
 
 def _layers(text: Any) -> tuple[list[str], int]:
     """The kind of every layer, and the window of those that have one."""
-    _check_count("num_hidden_layers", _get(text, "num_hidden_layers"))
+    # A number that is no model's would be a list of that length.
+    _check_count("num_hidden_layers", _get(text, "num_hidden_layers"), MOST_LAYERS + 1)
     window = _get(text, "sliding_window") or None
     if window is not None:
         _check_count("sliding_window", window)
