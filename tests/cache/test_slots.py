@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from vllm_sink.cache.head_slots import SlottedHead
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
@@ -218,3 +219,11 @@ def test_whole_layers_are_grouped_by_vllms_rule():
     assert vllm_group_size(kinds) == grouping.size
     assert grouping.num_slots(True) >= 3 and grouping.num_slots(False) >= 9
     assert (grouping.heads_per_slot, grouping.tokens_per_block) == (1, 16)
+
+
+def test_a_head_is_read_at_its_place_in_the_slot():
+    slot = SimpleNamespace(kv_cache=torch.arange(24.0).view(2, 3, 2, 2))
+    for place in range(3):
+        head = SlottedHead(SimpleNamespace(), False)
+        head.slot, head.place = slot, place
+        assert torch.equal(head.kv_cache, slot.kv_cache[:, place, None])
