@@ -44,7 +44,8 @@ from vllm_sink.cache.head_caches import HeadGroup, HeadGroups, refuse_layer
 from vllm_sink.cache.layers_beside import find_layers_beside
 from vllm_sink.cache.spec import SlotSpec
 from vllm_sink.engine import Engine
-from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.grouping import heads_held
+from vllm_sink.policy.head_map import HeadMap
 from vllm_sink.policy.slots import (
     SlotGrouping,
     SlotMemory,
@@ -290,13 +291,10 @@ def add_slots(
     if groups is None:
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
         rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
-        held = range(1)
-        if heads.splits_layers:
-            held = heads_of_rank(rank, num_ranks, heads.num_kv_heads)
         groups = SlotGroups(
             engine=engine,
             heads=heads,
-            held=held,
+            held=heads_held(heads, num_ranks, rank),
             counts=counts_of_ranks(heads, num_ranks),
             layers=[layer],
         )
