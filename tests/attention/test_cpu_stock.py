@@ -133,7 +133,7 @@ def test_blocks_are_cleared_as_they_are_begun():
         ("vec", torch.bfloat16, 64, True),
         ("vec16", torch.bfloat16, 80, True),
         ("vec", torch.float16, 64, True),
-        ("amx", torch.bfloat16, 64, False),  # writes anywhere, multiplies in tiles only
+        ("amx", torch.bfloat16, 64, False),  # writes anywhere, attends with AMX only
     ],
 )
 def test_streams_over_the_budget_in_reused_blocks(isa, dtype, head_size, borrows):

@@ -1,6 +1,6 @@
-"""Prompts multiplied in AMX's tiles: emulated here, compiled for a CPU that has them.
+"""Prompts multiplied in AMX's tiles: emulated in memory where the CPU has none.
 
-AMX's own instructions run where the CPU has them only: there the loop checks itself.
+``test_cpu_amx.py`` runs this file with AMX's own instructions.
 """
 
 import platform
@@ -24,9 +24,12 @@ from vllm_sink.attention import cpu
 from vllm_sink.rotation.table import RotaryTable
 
 BF16 = torch.bfloat16
+HAS_AMX = "amx-bf16" in native.FEATURES
+KIND = amx.AMX if HAS_AMX else amx.EMULATED
 vectors_of_16 = pytest.mark.skipif(
     native.LANES != 16, reason="tiles of 16 need vectors of 16"
 )
+with_amx = pytest.mark.skipif(not HAS_AMX, reason="vLLM's kernel has AMX's own")
 
 
 class Step:
@@ -84,9 +87,9 @@ class Step:
 
 
 @pytest.fixture
-def emulated(monkeypatch):
-    """Every loop that can, multiplies in emulated tiles."""
-    monkeypatch.setattr(amx_check, "chosen", lambda *x: amx.EMULATED)
+def in_tiles(monkeypatch):
+    """Every loop that can, multiplies in tiles."""
+    monkeypatch.setattr(amx_check, "chosen", lambda *x: KIND)
 
 
 @vectors_of_16
@@ -101,7 +104,7 @@ def emulated(monkeypatch):
     ],
 )
 def test_prompts_in_tiles_equal_the_reference(
-    layout, size, policy, heads, dim, options, emulated
+    layout, size, policy, heads, dim, options, in_tiles
 ):
     """By ratio: at most twice the reference's own error in bfloat16; NaN beside."""
     lengths = [(1, 130), (9, 9), (3, 3), (37, 181), (21, 37), (70, 701)]
@@ -119,7 +122,7 @@ def test_prompts_in_tiles_equal_the_reference(
 @vectors_of_16
 @pytest.mark.parametrize("layout, size", [(layouts.OWN, 16), (layouts.TILED, 32)])
 @pytest.mark.parametrize("is_value", [False, True])
-def test_nan_stays_nan(layout, size, is_value, emulated):
+def test_nan_stays_nan(layout, size, is_value, in_tiles):
     """Of a token's key: in the queries that see it. Of its value: in those at least."""
     at = 180
 
@@ -141,9 +144,10 @@ def test_nan_stays_nan(layout, size, is_value, emulated):
 
 @vectors_of_16
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="vLLM's writer of tiles")
-def test_a_stream_in_tiles_in_reused_blocks(emulated):
+@pytest.mark.parametrize("borrows", [False, pytest.param(True, marks=with_amx)])
+def test_a_stream_in_tiles_in_reused_blocks(borrows, in_tiles):
     """Chunks below, across and past S + W, in tiles that vLLM's operator wrote."""
-    tests.test_streams_over_the_budget_in_reused_blocks("amx", BF16, 64, False)
+    tests.test_streams_over_the_budget_in_reused_blocks("amx", BF16, 64, borrows)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,7 @@ def test_tiles_that_answer_wrong_are_not_used(layout, monkeypatch):
     find = amx_check.find_fault.__wrapped__
     sizes = 32, 64
     assert find(amx.NONE, layout, *sizes) is None
-    assert find(amx.EMULATED, layout, *sizes) is None
+    assert find(KIND, layout, *sizes) is None
     run = flash.attend_tiles
 
     def forgets(q, caches, tiles, out, **options):
@@ -201,7 +205,7 @@ def test_tiles_that_answer_wrong_are_not_used(layout, monkeypatch):
         run(q, caches, tiles, out, **options)
 
     monkeypatch.setattr(flash, "attend_tiles", forgets)
-    assert "differ by inf" in find(amx.EMULATED, layout, *sizes)
+    assert "differ by inf" in find(KIND, layout, *sizes)
 
 
 def test_the_log_says_whether_tiles_are_used(monkeypatch):
