@@ -74,15 +74,28 @@ def test_heads_of_two_kinds_come_back(model, dense, window, num_blocks):
         check_unused(llm)
 
 
-def test_layers_with_their_own_windows_come_back(tmp_path):
+@pytest.mark.parametrize(
+    "heads, num_blocks",
+    [(None, 20), ([[1, 0], [0, 0]], 60)],
+    ids=["one policy", "heads of two kinds"],
+)
+def test_layers_with_their_own_windows_come_back(tmp_path, heads, num_blocks):
     save_gemma(tmp_path, head_dim=32, sliding_window=24, hidden_size=64)
+    dense = DenseReference(str(tmp_path))
     prompt = tokens(50, 300)
-    with host_engine(str(tmp_path), host_bytes=3 * 2**20, num_blocks=20) as llm:
+    retrieval = heads and {"retrieval": dict(heads=heads)}
+    with host_engine(
+        str(tmp_path), host_bytes=3 * 2**20, num_blocks=num_blocks, **retrieval or {}
+    ) as llm:
         first, *_ = run(llm, prompt, 50)
         push_out(llm)
         again = prompt + first + tokens(51, 20)
         got = run(llm, again)
-        assert llm.lookups[-1][:2] == (0, (300 + 49) // BLOCK * BLOCK)
+        unit = halves(llm)[0].lookup.alignment
+        assert (unit > BLOCK) == bool(heads), "slots of larger blocks"
+        assert llm.lookups[-1][:2] == (0, (300 + 49) // unit * unit)
+        rows = [row for own in heads or [[0, 0]] * 2 for row in ([0, 0], own)]
+        check(got, again, HeadsReference(dense, rows, S, W).logprobs)
         check_unused(llm)
         assert llm.reset_prefix_cache()
         want = run(llm, again)

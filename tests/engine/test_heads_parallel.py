@@ -8,10 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 
-from tests.helpers.engine import prompt_logprobs, sink_engine
+from tests.helpers.engine import (
+    core,
+    managers,
+    output_logprobs,
+    prompt_logprobs,
+    sink_engine,
+)
+from tests.helpers.random_gemma import save_gemma
 from tests.helpers.random_llama import save_llama
+from tests.helpers.reference import load, logprobs
 from vllm_sink.settings import resolve
+from vllm_sink.start.log_lines import find_slot_memory
 
 SINKS, WINDOW = 4, 60
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 1024}
@@ -84,3 +94,75 @@ def test_tensor_parallel_equals_one_process(
     )
     assert not pattern.exists()
     check_same(found, one_process)
+
+
+OWN = [9] * 4  # of a layer with a window of its own: ignored
+# The first worker has 3 retrieval heads of 4, the second 1.
+BESIDE = [OWN, [1, 0, 0, 0], OWN, [1, 1, 0, 1]]
+SWAPPED = [OWN, [0, 0, 1, 0], OWN, [0, 1, 1, 1]]
+TOLERANCE = 2e-3
+POOL = 60
+
+
+def slot_memory(worker):
+    """Of a worker's start line; runs in its process."""
+    return find_slot_memory(worker.model_runner.vllm_config)
+
+
+def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
+    """Two workers whose heads differ, in chunks, past S + W, and after a hit."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    save_gemma(tmp_path, head_dim=32, hidden_size=128, **heads)
+    model = load(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    first, second, turn = (
+        torch.randint(3, 512, (length,), generator=generator).tolist()
+        for length in (500, 300, 9)
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with sink_engine(
+        str(tmp_path),
+        SINKS,
+        WINDOW,
+        retrieval=dict(heads=BESIDE),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        block_size=32,
+        num_gpu_blocks_override=POOL,
+        max_model_len=600,
+        max_num_batched_tokens=96,
+        max_num_seqs=2,
+        skip_tokenizer_init=True,
+    ) as llm:
+        memories = core(llm).model_executor.collective_rpc(slot_memory)
+        assert [memory.counts for memory in memories] == [(3, 1), (1, 3)]
+        assert memories[0].grouping == memories[1].grouping
+        pool = managers(llm)[0].block_pool
+        given = []
+        take = pool.get_new_blocks
+        pool.get_new_blocks = lambda count: given.append(count) or take(count)
+        for prompt, got in zip(
+            (first, second), prompt_logprobs(llm, [first, second]), strict=True
+        ):
+            want, other = (
+                logprobs(model, prompt, SINKS, WINDOW, "cache", heads=rows)
+                for rows in (BESIDE, SWAPPED)
+            )
+            assert (got - want).abs().max() < TOLERANCE
+            assert (got - other).abs().max() > 20 * TOLERANCE, "no map to be seen"
+        params = SamplingParams(
+            temperature=0, max_tokens=60, ignore_eos=True, logprobs=0
+        )
+        history = first
+        for cached in (0, 400):
+            (output,) = llm.generate(
+                {"prompt_token_ids": history}, params, use_tqdm=False
+            )
+            assert output.num_cached_tokens >= cached
+            history = [*history, *output.outputs[0].token_ids]
+            got = output_logprobs(output)
+            want = logprobs(model, history, SINKS, WINDOW, "cache", heads=BESIDE)
+            assert (got - want[-len(got) :]).abs().max() < TOLERANCE
+            history = [*history, *turn]
+        assert sum(given) > POOL, "what was freed is used again"

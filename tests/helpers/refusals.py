@@ -245,6 +245,18 @@ CASES = [
         },
         "must be true for SinkHostCache, got false; drop --no-enable-prefix-caching",
     ),
+    *(
+        Case(
+            f"a host cache of layers with states{heads}",
+            "kv_connector",
+            more
+            | {"kv_transfer_config": host_cache(), "model_config__is_hybrid": True},
+            "kv_connector must be unset for a model whose layers keep something else "
+            "than keys .* got SinkHostCache for 'm', which has layers with states; "
+            "drop --kv-transfer-config",
+        )
+        for heads, more in (("", {}), (" beside heads of two kinds", BESIDE))
+    ),
     Case(
         "a host cache of pipeline stages",
         "pipeline_parallel_size",

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV2Config,
+    FalconH1Config,
     LlamaConfig,
     WhisperConfig,
 )
@@ -91,6 +92,10 @@ CASES = {
             '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',
         ],
     ),
+    "kv_connector must be unset for a model": (
+        "falcon h1",
+        [*section(retrieval_heads=[[1, 0], [0, 0]]), *HOST_CACHE],
+    ),
     "--attention-backend must be sink where": (
         "llama",
         ["--additional-config", '{"sink": {"window_size": 60}}'],
@@ -153,6 +158,12 @@ def models(tmp_path_factory) -> dict[str, str]:
         "deepseek": DeepseekV2Config(**tiny, architectures=["DeepseekV2ForCausalLM"]),
         "bloom": BloomConfig(
             hidden_size=64, n_layer=2, n_head=4, architectures=["BloomForCausalLM"]
+        ),
+        "falcon h1": FalconH1Config(
+            **tiny,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            architectures=["FalconH1ForCausalLM"],
         ),
         "whisper": WhisperConfig(
             d_model=64, architectures=["WhisperForConditionalGeneration"]

@@ -28,7 +28,8 @@ def check_size(entry: Entry, path: str, llm) -> None:
         with pytest.raises(ValueError, match="read vLLM's own figure"):
             read_shape(hf_config, dtype)
         return
-    shape = read_shape(hf_config, dtype)
+    caches = config.cache_config.enable_prefix_caching
+    shape = read_shape(hf_config, dtype, caches_prefixes=caches)
     block_size = GIVEN
     groups = sum(shape.num_groups(kind) for kind in shape.kinds[: shape.num_tables])
     assert groups == len(cache.kv_cache_groups)
@@ -67,6 +68,7 @@ def check_size_of_heads(entry: Entry, path: str, llm) -> None:
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     hf_config = read_config(path)
     hf_config.mamba_ssm_dtype = "float32"  # vLLM's choice on a CPU
-    shape = read_shape(hf_config, dtype)
+    caches = config.cache_config.enable_prefix_caching
+    shape = read_shape(hf_config, dtype, caches_prefixes=caches)
     settings = SinkConfig.from_additional_config(config.additional_config)
     assert sizing.slot_memory(shape, settings, 1, GIVEN) == memory

@@ -32,7 +32,7 @@ from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache.draft_heads import add_drafters
 from vllm_sink.cache.head_caches import add_companions
-from vllm_sink.cache.head_slots import add_slots
+from vllm_sink.cache.head_slots import SlotGroups, add_slots
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.cache.workers import is_building_drafter
 from vllm_sink.engine import Engine
@@ -168,7 +168,10 @@ class SinkBackend(AttentionBackend):
         measure_loaded_model(cls.engine)
         if type(spec) is SlidingWindowSpec:
             assert not cls.is_retrieval, spec
-            return OwnWindowSpec.from_window(spec)
+            own, groups = OwnWindowSpec.from_window(spec), cls.engine.head_groups
+            if isinstance(groups, SlotGroups):
+                return groups.window_spec(own, cls.engine.vllm_config)
+            return own
         is_full = type(spec) in (FullAttentionSpec, SlotSpec)
         if not is_full or spec.sliding_window is not None:
             assert not cls.is_retrieval, spec

@@ -41,8 +41,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_sink.cache.head_caches import HeadGroup, HeadGroups, refuse_layer
-from vllm_sink.cache.layers_beside import find_layers_beside
-from vllm_sink.cache.spec import SlotSpec
+from vllm_sink.cache.layers_beside import find_layers_beside, in_page
+from vllm_sink.cache.spec import OwnWindowSpec, SlotSpec
 from vllm_sink.engine import Engine
 from vllm_sink.policy.grouping import heads_held
 from vllm_sink.policy.head_map import HeadMap
@@ -163,6 +163,7 @@ class SlotGroups(HeadGroups):
     layers: list[Attention] = field(default_factory=list)
     slots: dict[bool, list[HeadSlot]] = field(default_factory=dict)
     _plan: SlotMemory | None = None
+    _is_planning: bool = False
 
     @property
     def first_kind(self) -> bool:
@@ -176,9 +177,21 @@ class SlotGroups(HeadGroups):
         smallest of the groups'.
         """
         if self._plan is None:
+            self._is_planning = True
             self._plan = make_plan(self, vllm_config)
+            self._is_planning = False
             self._fill_slots(self._plan.grouping)
         return self._plan
+
+    def window_spec(self, spec: OwnWindowSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The spec of a window of the model's own, in a page like all others.
+
+        So vLLM makes it where layers are outermost in memory. Where blocks are, it
+        packs pages that differ in size, in other groups than these.
+        """
+        if self._is_planning:
+            return spec
+        return in_page(spec, self.plan(vllm_config).page_bytes)
 
     def _fill_slots(self, grouping: SlotGrouping) -> None:
         if not self.heads.splits_layers:
@@ -229,7 +242,7 @@ def make_plan(groups: SlotGroups, vllm_config: VllmConfig) -> SlotMemory:
         unit_bytes //= spec.num_kv_heads
     governed = [*groups.layers, *(slot for x in groups.slots.values() for slot in x)]
     beside = find_layers_beside(vllm_config, set(governed), spec.page_size_bytes)
-    whole_block = beside.unified(spec.block_size, spec.page_size_bytes)
+    whole_block = in_page(spec, beside.page_bytes).block_size
     slots = [(1, whole_block)]
     if heads.splits_layers:
         slots = list(slots_of(beside.page_bytes, unit_bytes, spec.block_size))

@@ -7,14 +7,17 @@ vLLM's pool of blocks, whose pages are all as large as the largest.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
 
+from vllm_sink.policy.layout import cdiv
 from vllm_sink.policy.slots import LayersBeside
+
+Spec = TypeVar("Spec", bound=AttentionSpec)
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,16 @@ class Beside:
     layers: tuple[LayersBeside, ...]
     page_bytes: int
 
-    def unified(self, block_size: int, page_bytes: int) -> int:
-        """Tokens of a block of a layer whose page becomes as large as the largest.
 
-        As vLLM does it: a whole number of blocks together; else the page is padded.
-        """
-        ratio, rest = divmod(self.page_bytes, page_bytes)
-        return block_size if rest else block_size * ratio
+def in_page(spec: Spec, page_bytes: int) -> Spec:
+    """The spec of a layer whose page becomes as large as the largest.
+
+    As vLLM does it: a whole number of blocks together; else the page is padded.
+    """
+    ratio, rest = divmod(page_bytes, spec.page_size_bytes)
+    if rest:
+        return replace(spec, page_size_padded=page_bytes)
+    return replace(spec, block_size=spec.block_size * ratio)
 
 
 def find_layers_beside(
@@ -60,28 +66,34 @@ def find_layers_beside(
         if spec is not None:
             counted[spec] += 1
     pages = [spec.page_size_bytes for spec in counted]
-    beside = Beside((), max([governed_page, *pages]))
+    page_bytes = max([governed_page, *pages])
     kinds = tuple(
-        _kind(spec, count, beside, vllm_config) for spec, count in counted.items()
+        _kind(spec, count, page_bytes, vllm_config) for spec, count in counted.items()
     )
-    return Beside(kinds, beside.page_bytes)
+    return Beside(kinds, page_bytes)
 
 
 def _kind(
-    spec: KVCacheSpec, count: int, beside: Beside, vllm_config: VllmConfig
+    spec: KVCacheSpec, count: int, page_bytes: int, vllm_config: VllmConfig
 ) -> LayersBeside:
     window = getattr(spec, "sliding_window", None)
     if window is None:
         needed = spec.max_memory_usage_bytes(vllm_config)
-        states = -(-needed // spec.page_size_bytes)
-        content = spec.page_size_bytes
+        states = cdiv(needed, spec.page_size_bytes)
+        content, checkpoints = spec.page_size_bytes, 0
         if isinstance(spec, MambaSpec):
             content = spec.state_content_size_bytes
-        return LayersBeside(count, 0, None, states, kept_bytes=states * content)
+            if vllm_config.cache_config.mamba_cache_mode == "align":
+                # Counted above; written within a prompt, at its last full block.
+                checkpoints = spec.num_prefill_checkpoint_blocks
+        states -= checkpoints
+        return LayersBeside(
+            count, 0, None, states, checkpoints, kept_bytes=states * content
+        )
     assert isinstance(spec, AttentionSpec), spec
     return LayersBeside(
         count,
-        beside.unified(spec.block_size, spec.page_size_bytes),
+        in_page(spec, page_bytes).block_size,
         window,
         kept_bytes=spec.unpadded_page_size_bytes // spec.block_size,
     )

@@ -41,6 +41,7 @@ class LayersBeside:
         block_size: Tokens a block of theirs; 0 of states.
         window: Tokens of their own window; None where they hold ``num_states``.
         num_states: Blocks that a request holds, whatever its length (Mamba).
+        num_checkpoints: Blocks that it holds besides while it prefills.
         kept_bytes: What one layer keeps: of a token, or of all states.
     """
 
@@ -48,12 +49,14 @@ class LayersBeside:
     block_size: int
     window: int | None = None
     num_states: int = 0
+    num_checkpoints: int = 0
     kept_bytes: int = 0
 
     def blocks(self, num_tokens: int, in_flight_tokens: int) -> int:
         """Most blocks of a request in one group."""
         if self.window is None:
-            return self.num_states
+            is_prefill = in_flight_tokens > 1
+            return self.num_states + self.num_checkpoints * is_prefill
         own = RetentionPolicy(0, self.window)
         return own.max_blocks(in_flight_tokens, num_tokens, self.block_size)
 

@@ -25,6 +25,7 @@ EXAMPLE = (
     f"""--kv-transfer-config '{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both", """
     """"kv_connector_extra_config": {"host_cache_gib": 20}}'"""
 )
+ELSE = "for a model whose layers keep something else than keys and values of tokens"
 # Where layers or heads keep everything, a chat's blocks depend on its length.
 CHAT_TOKENS = 32768
 
@@ -53,6 +54,14 @@ def check_connector(engine: Engine) -> None:
         f"can't read: {drop}, or pass {EXAMPLE}",
     )
     _check_settings(transfer)
+    model = vllm_config.model_config
+    must(
+        model is None or not model.is_hybrid,
+        "kv_connector",
+        f"be unset {ELSE}",
+        f"{CONNECTOR} for {model and model.model!r}, which has layers with states",
+        DROP,
+    )
     must(
         bool(vllm_config.cache_config.enable_prefix_caching),
         "enable_prefix_caching",
@@ -124,8 +133,7 @@ def check_layers(config: KVCacheConfig) -> None:
         must(
             isinstance(spec, AttentionSpec),
             "kv_connector",
-            "be unset for a model whose layers keep something else than keys and "
-            "values of tokens",
+            f"be unset {ELSE}",
             f"{type(spec).__name__} of {group.layer_names[0]}",
             DROP,
         )

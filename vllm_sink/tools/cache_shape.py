@@ -26,6 +26,7 @@ class LayerKind:
         num_kv_heads: KV heads of one GPU.
         head_size: Elements of one K (or V) vector.
         state_bytes: Bytes of the state of one layer, in place of keys and values.
+        num_states: Blocks that a request holds of it, whatever its length.
     """
 
     num_layers: int
@@ -33,16 +34,12 @@ class LayerKind:
     num_kv_heads: int
     head_size: int
     state_bytes: int = 0
+    num_states: int = 0
 
     @property
     def is_governed(self) -> bool:
         """Whether the policy acts on it."""
         return not self.window and not self.state_bytes
-
-    @property
-    def num_states(self) -> int:
-        """Blocks of a request, whatever its length: without prefix caching."""
-        return int(self.state_bytes > 0)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 FULL, SLIDING = "full_attention", "sliding_attention"
 LINEAR = "linear_attention"
 MOST_LAYERS = 9999
+# Blocks of states that a request holds, by whether prefixes are cached: the state at
+# the end of the last full block stays until the next one is computed from it.
+NUM_STATES = {False: 1, True: 2}
 OWN_FIGURE = "read vLLM's own figure in its start-up log"
 # Names of the number of KV heads, as vLLM 0.32 reads them.
 KV_HEADS = (
@@ -94,6 +97,8 @@ def read_shape(
     dtype: str = "auto",
     tensor_parallel_size: int = 1,
     cache_dtype: str = "auto",
+    *,
+    caches_prefixes: bool = True,
 ) -> CacheShape:
     """The cache shape of a Hugging Face ``config``.
 
@@ -101,6 +106,7 @@ def read_shape(
         dtype: The model's; ``auto`` as vLLM chooses: the checkpoint's, but bfloat16
             for one in float32.
         cache_dtype: ``auto`` is what the checkpoint orders, else the model's.
+        caches_prefixes: With vLLM's prefix caching.
 
     Raises:
         ValueError: A kind of attention that isn't counted here, by name.
@@ -126,7 +132,8 @@ def read_shape(
     ]
     if LINEAR in layer_types:
         state = _state_bytes(text, bytes_per_value) // tensor_parallel_size
-        kinds.append(LayerKind(layer_types.count(LINEAR), 0, 0, 0, state))
+        count, held = layer_types.count(LINEAR), NUM_STATES[caches_prefixes]
+        kinds.append(LayerKind(count, 0, 0, 0, state, held))
     if not kinds:
         raise ValueError(
             "num_hidden_layers must be at least 1, got no attention layer; mend the "

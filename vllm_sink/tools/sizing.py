@@ -195,7 +195,7 @@ def slot_memory(
         grouping=grouping,
         page_bytes=page,
         unit_bytes=unit,
-        counts=next(iter(counts.values())),
+        counts=max(counts.values()),
         streaming=config.policy,
         retrieval=config.retrieval_policy,
         beside=beside,
@@ -277,6 +277,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-dtype", default="auto", choices=["auto", *BYTES_PER_VALUE])
     add("--tensor-parallel-size", type=_positive, default=1)
     add("--max-num-batched-tokens", type=_positive, default=2048)
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="layers with states hold one more for it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -292,7 +298,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_config(args.model)
     shape = read_shape(
-        config, args.dtype, args.tensor_parallel_size, args.kv_cache_dtype
+        config,
+        args.dtype,
+        args.tensor_parallel_size,
+        args.kv_cache_dtype,
+        caches_prefixes=args.enable_prefix_caching,
     )
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     num_tokens = args.max_model_len or trained
@@ -336,6 +346,7 @@ def run(args: argparse.Namespace) -> int:
                 "tensor_parallel_size": args.tensor_parallel_size,
                 **request,
                 "block_size": args.block_size,
+                "enable_prefix_caching": args.enable_prefix_caching,
                 "retrieval_heads": heads and heads.num_retrieval_heads,
                 "bytes_per_token": shape.bytes_per_token,
                 "dense": dense,
