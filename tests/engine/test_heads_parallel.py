@@ -3,6 +3,7 @@
 Ray's workers are given the same values.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.helpers.engine import (
 from tests.helpers.random_gemma import save_gemma
 from tests.helpers.random_llama import save_llama
 from tests.helpers.reference import load, logprobs
+from tests.zoo.models import ZOO, save
 from vllm_sink.settings import resolve
 from vllm_sink.start.log_lines import find_slot_memory
 
@@ -97,11 +99,23 @@ def test_tensor_parallel_equals_one_process(
 
 
 OWN = [9] * 4  # of a layer with a window of its own: ignored
-# The first worker has 3 retrieval heads of 4, the second 1.
-BESIDE = [OWN, [1, 0, 0, 0], OWN, [1, 1, 0, 1]]
-SWAPPED = [OWN, [0, 0, 1, 0], OWN, [0, 1, 1, 1]]
+SPLIT = [[1, 0, 0, 0], [1, 1, 0, 1]]  # 3 retrieval heads are the first worker's, 1 not
 TOLERANCE = 2e-3
 POOL = 60
+
+
+def save_falcon(folder) -> None:
+    """Mamba beside attention in every layer."""
+    (entry,) = (entry for entry in ZOO if entry.name == "Falcon-H1")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    more = {**heads, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    save(replace(entry, config={**entry.config, **more}), folder)
+
+
+def save_own_windows(folder) -> None:
+    """A window in every other layer."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    save_gemma(folder, head_dim=32, hidden_size=128, **heads)
 
 
 def slot_memory(worker):
@@ -109,10 +123,17 @@ def slot_memory(worker):
     return find_slot_memory(worker.model_runner.vllm_config)
 
 
-def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "save_model, rows",
+    [
+        (save_own_windows, [OWN, SPLIT[0], OWN, SPLIT[1]]),
+        (save_falcon, SPLIT),
+    ],
+    ids=["Gemma 3", "Falcon-H1"],
+)
+def test_beside_layers_of_other_kinds(save_model, rows, tmp_path, monkeypatch):
     """Two workers whose heads differ, in chunks, past S + W, and after a hit."""
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    save_gemma(tmp_path, head_dim=32, hidden_size=128, **heads)
+    save_model(tmp_path)
     model = load(tmp_path)
     generator = torch.Generator().manual_seed(1)
     first, second, turn = (
@@ -125,7 +146,7 @@ def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
         str(tmp_path),
         SINKS,
         WINDOW,
-        retrieval=dict(heads=BESIDE),
+        retrieval=dict(heads=rows),
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         block_size=32,
@@ -133,6 +154,7 @@ def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
         max_model_len=600,
         max_num_batched_tokens=96,
         max_num_seqs=2,
+        enable_prefix_caching=True,
         skip_tokenizer_init=True,
     ) as llm:
         memories = core(llm).model_executor.collective_rpc(slot_memory)
@@ -142,12 +164,13 @@ def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
         given = []
         take = pool.get_new_blocks
         pool.get_new_blocks = lambda count: given.append(count) or take(count)
+        swapped = [row[2:] + row[:2] for row in rows]
         for prompt, got in zip(
             (first, second), prompt_logprobs(llm, [first, second]), strict=True
         ):
             want, other = (
-                logprobs(model, prompt, SINKS, WINDOW, "cache", heads=rows)
-                for rows in (BESIDE, SWAPPED)
+                logprobs(model, prompt, SINKS, WINDOW, "cache", heads=heads)
+                for heads in (rows, swapped)
             )
             assert (got - want).abs().max() < TOLERANCE
             assert (got - other).abs().max() > 20 * TOLERANCE, "no map to be seen"
@@ -162,7 +185,7 @@ def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
             assert output.num_cached_tokens >= cached
             history = [*history, *output.outputs[0].token_ids]
             got = output_logprobs(output)
-            want = logprobs(model, history, SINKS, WINDOW, "cache", heads=BESIDE)
+            want = logprobs(model, history, SINKS, WINDOW, "cache", heads=rows)
             assert (got - want[-len(got) :]).abs().max() < TOLERANCE
             history = [*history, *turn]
         assert sum(given) > POOL, "what was freed is used again"

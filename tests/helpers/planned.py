@@ -72,6 +72,9 @@ class Model:
     num_checkpoints: int = 0
     is_counted: bool = True
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def hf_config(self) -> Any:
         return CONFIG_MAPPING[self.kind](**self.config, dtype="bfloat16")
