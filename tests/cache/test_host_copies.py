@@ -17,6 +17,7 @@ from tests.helpers.block_managers import make_manager
 from tests.helpers.host_world import MAX_LEN, WORLDS, World
 from vllm_sink.cache.host.store import HostStore
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.start.host_cache import chat_blocks
 
 
 def live(world, seed: int) -> Counter:
@@ -108,6 +109,20 @@ def test_a_prompt_in_chunks_is_copied_when_it_is_whole():
     assert len(sim.host.store.turns) == 1
     indices = {len(content) // 16 - 1 for _, (_, content) in sim.slots.values()}
     assert indices == {0, 3, 4, 5}, "sinks and window, and a block before it; no gap"
+
+
+@pytest.mark.parametrize("sizes", [[16, 16], [16, 8]])
+def test_the_start_line_counts_what_a_chat_takes(sizes):
+    """Blocks of several sizes, too: a hit ends where one of each does."""
+    sim = World([(4, 20), 21], sizes, 50, random.Random(0))
+    sim.add(list(range(96)))
+    (request,) = sim.waiting
+    for count in [24] * 4:
+        assert sim.manager.allocate_slots(request, count)
+        sim.host.take_copies({request.request_id: count})
+        sim.compute(request, count)
+    (turn,) = sim.host.store.turns.values()
+    assert len(turn.entries) == chat_blocks(sim.manager.kv_cache_config, 96)
 
 
 def test_a_match_that_vllm_cuts_short_fails():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,7 @@ def manager_of_specs(
     """
     compat.register_kv_cache_spec()
     config = {"prefix_cache_retention_interval": 0} | config
-    block_size = specs[0].block_size
+    sizes = [spec.block_size for spec in specs]
     return KVCacheManager(
         KVCacheConfig(
             num_blocks=num_blocks,
@@ -75,7 +76,7 @@ def manager_of_specs(
             **config,
         ),
         max_model_len=max_model_len,
-        scheduler_block_size=block_size,
-        hash_block_size=block_size,
+        scheduler_block_size=math.lcm(*sizes),
+        hash_block_size=math.gcd(*sizes),
         max_in_flight_tokens=max_in_flight_tokens,
     )

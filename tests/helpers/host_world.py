@@ -4,6 +4,7 @@ No model: a block's content is the tokens that it was computed from.
 """
 
 import dataclasses
+import math
 import random
 from collections import Counter
 
@@ -13,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
 
-from tests.helpers.block_managers import full_spec, make_manager, sink_spec
+from tests.helpers.block_managers import full_spec, manager_of_specs, sink_spec
 from vllm_sink.cache.host.scheduler import HostScheduler
 from vllm_sink.cache.spec import OwnWindowSpec
 from vllm_sink.policy.layout import RetentionPolicy
@@ -23,7 +24,7 @@ CHUNK = 24
 MAX_LEN = 300
 FULL = None
 # The policy of each group (None keeps everything, W alone is a layer's own window),
-# the block size, slots of the host.
+# the block size or one for each (slots beside windows), slots of the host.
 WORLDS = [
     ([(4, 60)], 16, 60),
     ([(0, 33)], 16, 40),
@@ -34,6 +35,8 @@ WORLDS = [
     ([(17, 40), (17, 120)], 8, 90),
     ([(20, 1), FULL], 8, 120),
     ([(4, 60), 33], 16, 120),
+    ([(4, 60), FULL, 33], [16, 16, 8], 200),
+    ([33, (17, 40)], [16, 8], 120),
 ]
 
 
@@ -50,26 +53,27 @@ def spec_of(policy, size: int):
 class World:
     """A scheduler of few rules, a pool and a host whose blocks hold tokens."""
 
-    def __init__(self, policies, size: int, num_slots: int, rng: random.Random):
+    def __init__(
+        self, policies, size: int | list[int], num_slots: int, rng: random.Random
+    ):
+        self.sizes = [size] * len(policies) if isinstance(size, int) else size
+        self.unit = math.lcm(*self.sizes)  # of a hit
         init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(size, sha256)
+        self.hasher = get_request_block_hasher(math.gcd(*self.sizes), sha256)
         pairs = [(0, each) if isinstance(each, int) else each for each in policies]
         self.policies = [pair and RetentionPolicy(*pair) for pair in pairs]
-        self.size = size
         self.rng = rng
         most = sum(
             -(-MAX_LEN // size)
             if policy is None
             else policy.max_blocks(CHUNK, MAX_LEN, size)
-            for policy in self.policies
+            for policy, size in zip(self.policies, self.sizes, strict=True)
         )
-        self.manager = make_manager(
-            self.policies[0],
-            size,
+        self.manager = manager_of_specs(
+            list(map(spec_of, policies, self.sizes)),
             2 * most + 1,
             max_model_len=MAX_LEN,
             max_in_flight_tokens=CHUNK,
-            other_specs=[spec_of(policy, size) for policy in policies[1:]],
         )
         self.pool = self.manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
@@ -158,7 +162,7 @@ class World:
             request
             for request in self.running
             if request.num_output_tokens
-            and (request.num_computed_tokens + 1) % self.size == 0
+            and (request.num_computed_tokens + 1) % self.unit == 0
             and self.rng.random() < 0.3
         ]
         for request in self.late:
@@ -222,14 +226,14 @@ class World:
         start = request.num_computed_tokens
         end = start + count
         tokens = list(request.all_token_ids)
-        for group, (policy, row) in enumerate(
-            zip(self.policies, self.rows(request), strict=True)
+        for group, (policy, size, row) in enumerate(
+            zip(self.policies, self.sizes, self.rows(request), strict=True)
         ):
-            gap = policy.gap_blocks(start, self.size) if policy else (0, 0)
-            for index in range(-(-end // self.size)):
+            gap = policy.gap_blocks(start, size) if policy else (0, 0)
+            for index in range(-(-end // size)):
                 if gap[0] <= index < gap[1]:
                     continue
-                first, last = index * self.size, min((index + 1) * self.size, end)
+                first, last = index * size, min((index + 1) * size, end)
                 if first < start:
                     seen = group, tuple(tokens[: min(last, start)])
                     assert self.contents[row[index]] == seen, (request, group, index)

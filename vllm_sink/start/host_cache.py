@@ -6,6 +6,7 @@ only one that reaches scheduler and workers on every platform before they are ma
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -150,12 +151,16 @@ def chat_blocks(config: KVCacheConfig, num_tokens: int) -> int:
     """Blocks of the pool that the host keeps of a chat of so many tokens."""
     from vllm_sink.cache.host.lookup import policy_of
 
+    specs = _specs(config)
+    unit = math.lcm(*(spec.block_size for spec in specs))  # a hit is a multiple of it
     count = 0
-    for spec in _specs(config):
+    for spec in specs:
         blocks = cdiv(num_tokens, spec.block_size)
         policy = policy_of(spec)
         if policy is not None:
-            windowed = policy.blocks_before_hit(spec.block_size) + 1
+            # Of a hit, and of one that ends a unit earlier.
+            windowed = policy.blocks_before_hit(spec.block_size)
+            windowed += unit // spec.block_size
             blocks = min(blocks, policy.num_sink_blocks(spec.block_size) + windowed)
         count += blocks
     return count
