@@ -127,7 +127,7 @@ def slot_memory(worker):
     "save_model, rows, num_cached",
     [
         (save_own_windows, [OWN, SPLIT[0], OWN, SPLIT[1]], 400),
-        (save_falcon, SPLIT, 0),  # Mamba's prefixes can't be cached on a CPU
+        (save_falcon, SPLIT, 0),  # vLLM's Mamba 2 can't cache prefixes on a CPU
     ],
     ids=["Gemma 3", "Falcon-H1"],
 )

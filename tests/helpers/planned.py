@@ -117,6 +117,15 @@ MODELS = [
         own_window=(128, 8, 64),
     ),
     Model(
+        "windows of more heads",
+        "gpt_oss",
+        dict(num_hidden_layers=24),
+        8,
+        64,
+        own_window=(128, 12, 96),
+        is_counted=False,  # no configuration that it knows says so
+    ),
+    Model(
         "Gemma 4, shared keys",
         "gemma4_text",
         dict(num_kv_shared_layers=12),

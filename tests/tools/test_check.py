@@ -163,6 +163,9 @@ def models(tmp_path_factory) -> dict[str, str]:
             **tiny,
             num_attention_heads=4,
             num_key_value_heads=2,
+            mamba_d_ssm=64,
+            mamba_n_heads=4,
+            mamba_d_state=16,
             architectures=["FalconH1ForCausalLM"],
         ),
         "whisper": WhisperConfig(
@@ -244,6 +247,14 @@ def test_check_agrees_with_the_start(row, models, monkeypatch):
             text.partition(" (")[0] for text in (report["refusal"], told)
         )
     assert report["refusal"] == told
+
+
+def test_states_start_without_host_memory(models):
+    """What the refusal says to do, with heads of two kinds beside them."""
+    name, flags = CASES["kv_connector must be unset for a model"]
+    assert flags[-2:] == HOST_CACHE
+    report = check.check(models[name], flags[:-2])
+    assert report["starts"], report["refusal"]
 
 
 def test_every_case_is_a_row():
