@@ -158,7 +158,17 @@ MODELS = [
     Model(
         "Falcon-H1 34B",
         "falcon_h1",
-        dict(num_hidden_layers=72, num_attention_heads=20, num_key_value_heads=4),
+        dict(
+            num_hidden_layers=72,
+            hidden_size=5120,
+            num_attention_heads=20,
+            num_key_value_heads=4,
+            head_dim=128,
+            mamba_d_ssm=4096,
+            mamba_n_heads=32,
+            mamba_d_head=128,
+            mamba_n_groups=2,
+        ),
         4,
         128,
         states=(
@@ -172,8 +182,8 @@ MODELS = [
                 conv_kernel=4,
             ),
         ),
+        dtypes=(torch.bfloat16, torch.bfloat16),
         num_checkpoints=1,
-        is_counted=False,
     ),
     Model(
         "Nemotron-H 8B",
@@ -198,7 +208,6 @@ MODELS = [
             ),
         ),
         num_checkpoints=1,
-        is_counted=False,
     ),
 ]
 

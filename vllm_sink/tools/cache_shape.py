@@ -27,6 +27,7 @@ class LayerKind:
         head_size: Elements of one K (or V) vector.
         state_bytes: Bytes of the state of one layer, in place of keys and values.
         num_states: Blocks that a request holds of it, whatever its length.
+        num_checkpoints: Blocks that it holds besides while it prefills.
     """
 
     num_layers: int
@@ -35,6 +36,7 @@ class LayerKind:
     head_size: int
     state_bytes: int = 0
     num_states: int = 0
+    num_checkpoints: int = 0
 
     @property
     def is_governed(self) -> bool:
@@ -155,7 +157,9 @@ class CacheShape:
         block_size = self.attention_block_size(block_size)
         for kind in self.kinds[: self.num_tables]:
             if kind.state_bytes:
-                blocks += self.num_groups(kind) * kind.num_states
+                is_prefill = in_flight_tokens > 1
+                states = kind.num_states + kind.num_checkpoints * is_prefill
+                blocks += self.num_groups(kind) * states
                 continue
             size = self.tokens_per_block(kind, block_size)
             own = RetentionPolicy(0, kind.window) if kind.window else policy

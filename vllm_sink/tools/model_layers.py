@@ -21,14 +21,19 @@ from vllm_sink.policy.head_map import FACTS, ModelShape
 from vllm_sink.settings.layer_kinds import layer_owners
 from vllm_sink.tools.cache_shape import CacheShape, LayerKind
 from vllm_sink.tools.reading import reading
+from vllm_sink.tools.states import (
+    BESIDE,
+    NUM_STATES,
+    WITH_KEYS,
+    WITH_STATES,
+    States,
+    names_of,
+    states_of,
+)
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 FULL, SLIDING = "full_attention", "sliding_attention"
-LINEAR = "linear_attention"
 MOST_LAYERS = 9999
-# Blocks of states that a request holds, by whether prefixes are cached: the state at
-# the end of the last full block stays until the next one is computed from it.
-NUM_STATES = {False: 1, True: 2}
 OWN_FIGURE = "read vLLM's own figure in its start-up log"
 # Names of the number of KV heads, as vLLM 0.32 reads them.
 KV_HEADS = (
@@ -38,13 +43,14 @@ KV_HEADS = (
     "multi_query_group_num",
     "num_attention_groups",
 )
+SPACES = "state-space layers"
 # Configurations of what is no plain attention layer.
 NOT_COUNTED = (
     ("kv_lora_rank", "MLA"),
     ("cross_attention_layers", "cross attention"),
     ("block_configs", "blocks that differ between layers"),
-    ("layers_block_type", "state-space layers"),
-    ("hybrid_override_pattern", "state-space layers"),
+    ("layers_block_type", SPACES),
+    ("hybrid_override_pattern", SPACES),
     ("attention_chunk_size", "chunked attention"),
 )
 
@@ -123,17 +129,30 @@ def read_shape(
     counted = Counter(
         (window if kind == SLIDING else 0, *of_layer)
         for kind, of_layer in zip(layer_types, heads, strict=False)
-        if kind != LINEAR
+        if kind in WITH_KEYS
     )
     kinds = [
         # Fewer KV heads than GPUs: vLLM replicates them.
         LayerKind(count, own, max(1, num_heads // tensor_parallel_size), size)
         for (own, num_heads, size), count in sorted(counted.items())
     ]
-    if LINEAR in layer_types:
-        state = _state_bytes(text, bytes_per_value) // tensor_parallel_size
-        count, held = layer_types.count(LINEAR), NUM_STATES[caches_prefixes]
-        kinds.append(LayerKind(count, 0, 0, 0, state, held))
+    if count := sum(kind in WITH_STATES for kind in layer_types):
+        states = _states(text)
+        kinds.append(
+            LayerKind(
+                count,
+                window=0,
+                num_kv_heads=0,
+                head_size=0,
+                state_bytes=states.num_bytes(
+                    tensor_parallel_size,
+                    bytes_per_value,
+                    _recurrent_bytes(text, bytes_per_value),
+                ),
+                num_states=NUM_STATES[caches_prefixes],
+                num_checkpoints=int(caches_prefixes and states.writes_within),
+            )
+        )
     if not kinds:
         raise ValueError(
             "num_hidden_layers must be at least 1, got no attention layer; mend the "
@@ -170,19 +189,17 @@ def model_shape(config: Any, name: str = "the model") -> ModelShape:
     )
 
 
-def _state_bytes(text: Any, bytes_per_value: int) -> int:
-    """Bytes of the state of a gated delta net, of a layer of the whole model."""
-    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim")
-    sizes = [_get(text, f"linear_{name}") for name in (*names, "conv_kernel_dim")]
-    for name, size in zip((*names, "conv_kernel_dim"), sizes, strict=True):
-        _check_count(f"linear_{name}", size)
-    key_heads, key_size, value_heads, value_size, kernel = sizes
-    convolved = (2 * key_heads * key_size + value_heads * value_size) * (kernel - 1)
-    own = str(_get(text, "mamba_ssm_dtype") or "").removeprefix("torch.")
-    recurrent = value_heads * value_size * key_size
-    return convolved * bytes_per_value + recurrent * BYTES_PER_VALUE.get(
-        own, bytes_per_value
-    )
+def _states(text: Any) -> States:
+    """The states of a layer, whose sizes are numbers."""
+    for name in names_of(text):
+        _check_count(name, _get(text, name))
+    return states_of(text)
+
+
+def _recurrent_bytes(text: Any, bytes_per_value: int) -> int:
+    """Bytes of a recurrent state's value; as the others' unless the model says so."""
+    given = _get(text, "mamba_ssm_dtype") or _get(text, "mamba_ssm_cache_dtype")
+    return BYTES_PER_VALUE.get(str(given).removeprefix("torch."), bytes_per_value)
 
 
 def _get(text: Any, name: str) -> Any:
@@ -207,6 +224,8 @@ def _refuse_kind(config: Any, text: Any) -> None:
             "cache; name a decoder"
         )
     for name, what in NOT_COUNTED:
+        if what == SPACES and names_of(text):
+            continue
         if value := _get(text, name):
             raise ValueError(
                 f"model must have plain attention layers, got {what} ({name}="
@@ -251,7 +270,8 @@ def _layers(text: Any) -> tuple[list[str], int]:
     if not kinds:
         kinds = [SLIDING if window else FULL] * text.num_hidden_layers
     if not isinstance(kinds, (list, tuple)) or any(
-        kind not in (FULL, SLIDING, *_counted_states(text)) for kind in kinds
+        kind not in (FULL, SLIDING, *(BESIDE if names_of(text) else ()))
+        for kind in kinds
     ):
         raise ValueError(
             f"layer_types must be a list of {FULL} and {SLIDING}, got {kinds!r}; "
@@ -263,11 +283,6 @@ def _layers(text: Any) -> tuple[list[str], int]:
             f"with {kinds.count(SLIDING)} {SLIDING} layers; give it in config.json"
         )
     return list(kinds), window or 0
-
-
-def _counted_states(text: Any) -> tuple[str, ...]:
-    """The kinds of layers with states that are counted: gated delta nets."""
-    return (LINEAR,) if _get(text, "linear_key_head_dim") else ()
 
 
 def _heads(config: Any, text: Any, num_layers: int) -> list[tuple[int, int]]:

@@ -173,6 +173,7 @@ def slot_memory(
             0 if own.state_bytes else shape.tokens_per_block(own, block_size),
             own.window or None,
             num_states=own.num_states,
+            num_checkpoints=own.num_checkpoints,
             kept_bytes=own.num_states * own.state_bytes or shape.layer_bytes(own),
         )
         for own in shape.kinds
