@@ -116,7 +116,9 @@ def test_a_request_takes_what_is_said(model, caches, monkeypatch):
     ]
     # With states whose prefixes are cached vLLM ends a prompt's chunks with a block.
     first = managers[states[0]].block_size if states and caches else 2048
-    chunks = [first, NUM_PROMPT - first, *[1] * 1700]
+    beside = [layers.block_size for layers in memory.beside]
+    period = max(memory.block_size, memory.whole_block, *beside)  # where a block ends
+    chunks = [first, NUM_PROMPT - first, *[1] * (period + 1)]
     most = {True: [0] * len(managers), False: [0] * len(managers)}
     for chunk in chunks:
         assert manager.allocate_slots(request, chunk) is not None
@@ -131,7 +133,8 @@ def test_a_request_takes_what_is_said(model, caches, monkeypatch):
         most[is_prefill] = list(map(max, most[is_prefill], counts))
     assert sum(most[False]) == memory.blocks(sum(chunks)), most
     # The last chunk ends in a block of its own: a state before it is written besides.
-    beside = [layers for layers in memory.beside if not layers.window]
     assert {most[True][index] for index in states} == {
-        layers.blocks(LENGTH, IN_FLIGHT) for layers in beside
+        layers.blocks(LENGTH, IN_FLIGHT)
+        for layers in memory.beside
+        if not layers.window
     }
