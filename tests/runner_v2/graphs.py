@@ -44,6 +44,8 @@ def replay_graphs(llm, mode: str, monkeypatch) -> Counter:
     config = runner.vllm_config.compilation_config
     monkeypatch.setattr(config, "cudagraph_capture_sizes", SIZES)
     monkeypatch.setattr(config, "max_cudagraph_capture_size", SIZES[-1])
+    # Builders of states ask in each step whether a graph holds on to their buffers.
+    monkeypatch.setattr(config, "cudagraph_mode", CUDAGraphMode[mode])
     monkeypatch.setattr(cudagraph_utils.CudaGraphManager, "capture", capture)
     monkeypatch.setattr(cudagraph_utils, "has_compiled_submodule", lambda model: True)
     monkeypatch.setattr(type(current_platform), "_global_graph_pool", object())

@@ -154,7 +154,9 @@ def check_live_blocks(llm) -> None:
     assert managers, "the policy must have reached a layer"
     for manager in managers:
         most = manager.policy.max_blocks(
-            config.max_in_flight_tokens, config.model_config.max_model_len, BLOCK
+            config.max_in_flight_tokens,
+            config.model_config.max_model_len,
+            manager.block_size,
         )
         for name, blocks in manager.req_to_blocks.items():
             live = sum(not block.is_null for block in blocks)
