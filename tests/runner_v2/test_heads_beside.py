@@ -97,6 +97,8 @@ CASES = {
         "Qwen3-Next", [OWN, [1, 0]], layers("linear", "full") | LINEAR, (1, 64)
     ),
 }
+# What is as the others for the runner: one vLLM's tells.
+ONCE = {"Gemma 3, whole layers", "Qwen3-Next"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,13 @@ def silence(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.power if name in ONCE else ())
+        for name, case in CASES.items()
+    ],
+)
 def test_chunks_hits_and_freed_blocks(case, load_case, monkeypatch):
     path, model = load_case(case)
 
