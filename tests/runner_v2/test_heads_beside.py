@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tests.helpers.engine import core, managers, model_runner
+from tests.helpers.engine import core, model_runner
 from tests.helpers.reference import load, logprobs
 from tests.runner_v2.graphs import replay_graphs
 from tests.runner_v2.serving import (
@@ -27,6 +27,7 @@ from tests.runner_v2.serving import (
 )
 from tests.zoo.models import ZOO, save
 from vllm_sink.engine import Engine
+from vllm_sink.policy.slots import SlotMemory
 
 TOLERANCE = 2e-3
 WINDOW = 12
@@ -57,6 +58,7 @@ class Case:
         slot: (heads, tokens) that a page of the pool holds.
         window: Of the retrieval heads.
         graphs: Replayed in the second turn.
+        layout: Of the KV cache; block-outermost ones put pages of a block together.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Case:
     slot: tuple[int, int]
     window: int | None = None
     graphs: str = ""
+    layout: str = "LBNHC"  # vLLM's choice on a GPU
 
 
 def layers(*kinds: str) -> dict:
@@ -88,10 +91,20 @@ CASES = {
     "Gemma 3": Case("Gemma 3", [OWN, [1, 0], [0, 1]], GEMMA, (2, 16), graphs="FULL"),
     "Gemma 3, whole layers": Case("Gemma 3", [OWN, [1, 1], [0, 0]], GEMMA, (1, 16)),
     "gpt-oss": Case(
-        "gpt-oss", [OWN, [0, 1]], layers("sliding", "full"), (1, 32), window=40
+        "gpt-oss",
+        [OWN, [0, 1]],
+        layers("sliding", "full"),
+        (1, 32),
+        window=40,
+        layout="BLHNC",
     ),
     "Falcon-H1": Case(
-        "Falcon-H1", [[1, 0], [0, 1]], STATES, (1, 32), graphs="FULL_DECODE_ONLY"
+        "Falcon-H1",
+        [[1, 0], [0, 1]],
+        STATES,
+        (1, 32),
+        graphs="FULL_DECODE_ONLY",
+        layout="BLNHC",
     ),
     "Qwen3-Next": Case(
         "Qwen3-Next", [OWN, [1, 0]], layers("linear", "full") | LINEAR, (1, 64)
@@ -152,14 +165,14 @@ def test_chunks_hits_and_freed_blocks(case, load_case, monkeypatch):
         "retrieval_heads": case.rows,
         "retrieval_window_size": case.window,
     }
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", case.layout)
     with serving(
         path, "v2", policy=policy, num_gpu_blocks_override=24, max_model_len=128
     ) as llm:
         silence(model_runner(llm).get_model())
         config = llm.llm_engine.vllm_config
-        grouping = Engine.of(config).head_groups.plan(config).grouping
-        assert (grouping.heads_per_slot, grouping.tokens_per_block) == case.slot
-        assert len(managers(llm)) == grouping.num_groups
+        assert config.cache_config.kv_cache_layout == case.layout
+        check_pool(llm, Engine.of(config).head_groups.plan(config), case.slot)
         given = count_given(llm, monkeypatch)
         (first,) = ask(llm, [PROMPT], 3, score_prompts=True)
         assert error(PROMPT, first, case.rows) < TOLERANCE
@@ -173,6 +186,15 @@ def test_chunks_hits_and_freed_blocks(case, load_case, monkeypatch):
         assert error(again, second, case.rows) < TOLERANCE
         assert not case.graphs or sum(used.values()), "no graph was replayed"
         assert max(given.values()) > 1, "no block was freed and given out again"
+
+
+def check_pool(llm, memory: SlotMemory, slot: tuple[int, int]) -> None:
+    """The groups and the bytes that were planned."""
+    grouping, cache = memory.grouping, core(llm).scheduler.kv_cache_config
+    assert (grouping.heads_per_slot, grouping.tokens_per_block) == slot
+    assert len(cache.kv_cache_groups) == grouping.num_groups
+    pool_bytes = model_runner(llm).kv_caches[0].untyped_storage().nbytes()
+    assert pool_bytes == cache.num_blocks * memory.pool_block_bytes
 
 
 def count_given(llm, monkeypatch) -> Counter:
