@@ -16,8 +16,10 @@ from vllm_sink.cache.head_slots import SlottedHead
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.plugin import compat
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.head_map import HeadMap
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.policy.slot_workers import SlotHeads, slots_of_workers
 from vllm_sink.policy.slots import (
     LENGTH,
     MAX_GROUPS,
@@ -25,7 +27,6 @@ from vllm_sink.policy.slots import (
     SlotGrouping,
     SlotMemory,
     choose_slots,
-    counts_of_ranks,
     slots_of,
     vllm_group_size,
 )
@@ -45,7 +46,7 @@ def memory_of(
     unit = 2 * head_size * 2
     page = block_size * kv_heads * unit
     grouping = choose_slots(
-        [(retrieval, streaming)],
+        [SlotHeads(retrieval, streaming)],
         beside,
         policy,
         None,
@@ -112,9 +113,41 @@ def test_kept_and_dense_bytes():
 
 def test_ranks_are_counted_by_the_heads_of_governed_layers():
     heads = HeadMap(((), (True, False, False, True), (), (True, True, False, False)))
-    assert counts_of_ranks(heads, 2) == {range(2): (3, 1), range(2, 4): (1, 3)}
+    assert slots_of_workers(heads, 2) == {
+        (0, range(2)): SlotHeads(3, 1),
+        (0, range(2, 4)): SlotHeads(1, 3),
+    }
     layers = HeadMap(((), (True, True), (False, False), (False, False)))
-    assert counts_of_ranks(layers, 2) == {range(1): (1, 2)}
+    assert slots_of_workers(layers, 2) == {(0, range(1)): SlotHeads(1, 2)}
+
+
+def test_a_drafters_slots_fit_into_one_group():
+    """Six heads beside the last worker's, of a model with four."""
+    draft = DraftHeads(3, 2, is_retrieval=True)
+    heads = HeadMap(((), (True, False), (), (False, False)))
+    stages = [range(2), range(2, 4)]
+    workers = slots_of_workers(heads, 1, stages, draft)
+    assert workers == {
+        (0, range(2)): SlotHeads(1, 1),
+        (1, range(2)): SlotHeads(0, 2, (6, 0)),
+    }
+    assert [x.counts for x in workers.values()] == [(1, 1), (6, 2)]
+    assert workers[1, range(2)].num_slots(4) == (2, 1)
+    assert SlotHeads(3, 0, (3, 0)).num_slots(2) == (4, 0)  # none is of both
+    own = [LayersBeside(24, 16, 128, of_stages=(24, 24))]
+    grouping = choose_slots(
+        workers.values(), own, POLICY, None, slots=[(1, 16)], num_stages=2
+    )
+    assert grouping.size >= 6
+    own = [LayersBeside(2, 16, 128, of_stages=(2, 2))]
+    with pytest.raises(ValueError, match=r"fit into one group .* got 6 beside"):
+        choose_slots(workers.values(), own, POLICY, None, slots=[(1, 16)], num_stages=2)
+
+
+def test_a_block_is_as_wide_as_its_widest_group():
+    """Nine layers of a stage, dealt out to two groups."""
+    grouping = SlotGrouping(4, 1, 1, (2, 1), 1, 16)
+    assert grouping.width([8, 4]) == 4 and grouping.width([9, 4]) == 5
 
 
 @pytest.mark.parametrize(
@@ -176,7 +209,7 @@ def test_vllm_groups_as_planned(kind, num_beside, counts, layout):
         for spec in names
     ]
     grouping = choose_slots(
-        [counts], kinds, POLICY, None, slots=slots_of(PAGE, UNIT, 16)
+        [SlotHeads(*counts)], kinds, POLICY, None, slots=slots_of(PAGE, UNIT, 16)
     )
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
@@ -213,7 +246,7 @@ def test_whole_layers_are_grouped_by_vllms_rule():
     """Layers that are not split: counts that vLLM's rule leaves at that size."""
     own = LayersBeside(12, 16, 128)
     grouping = choose_slots(
-        [(3, 9)], [own], POLICY, None, slots=[(1, 16)], is_divided=False
+        [SlotHeads(3, 9)], [own], POLICY, None, slots=[(1, 16)], is_divided=False
     )
     kinds = [grouping.num_slots(True), grouping.num_slots(False), 12]
     assert vllm_group_size(kinds) == grouping.size

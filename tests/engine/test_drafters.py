@@ -1,5 +1,7 @@
 """Drafters obey the policy: same tokens as without them, within the same memory."""
 
+import json
+
 import pytest
 import torch
 from vllm import SamplingParams
@@ -14,7 +16,11 @@ from tests.helpers.drafters import (
     save_mtp,
 )
 from tests.helpers.engine import core, managers, model_runner, sink_engine
+from vllm_sink.engine import Engine
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.tools import sizing
+from vllm_sink.tools.drafter import read_drafter
+from vllm_sink.tools.model_layers import read_config, read_shape
 
 SINKS, WINDOW, BLOCK, DRAFTS = 4, 44, 16, 3
 POLICY = RetentionPolicy(SINKS, WINDOW)
@@ -89,13 +95,15 @@ def test_tokens_and_memory(method, folder, folders, prompts, plain):
     assert 0 < most <= MOST_BLOCKS
 
 
-# 3 layers x 2 KV heads: of streaming heads there are several groups, then of others.
-FEW, MANY = [[1, 0], [0, 0], [0, 0]], [[1, 1], [1, 1], [0, 0]]
+# 2 KV heads a layer: of streaming heads there are several groups, then of others.
+FEW, MANY = [[1, 0], [0, 0], [0, 0]], [*[[1, 1]] * 5, [0, 0]]
 
 
 @pytest.fixture(scope="module")
 def with_mtp(tmp_path_factory) -> str:
-    return save_mtp(tmp_path_factory.mktemp("mtp"))
+    """Of several MTP layers, all of which have a cache."""
+    folder, num_layers = tmp_path_factory.mktemp("mtp"), len(MANY)
+    return save_mtp(folder, mtp_layers=DRAFTS, num_hidden_layers=num_layers)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +121,26 @@ def test_beside_retrieval_heads(method, heads, kind, folders, with_mtp, prompts)
         managers_by_group = managers(llm)
         (own,) = model_runner(llm).drafter.draft_attn_groups
         manager = managers_by_group[own.kv_cache_group_id]
+        check_size(llm, target, speculative)
         assert type(manager).__name__ == kind
         assert sum(type(other) is type(manager) for other in managers_by_group) > 1
         tokens, drafted, accepted, _ = generate(llm, prompts, PARAMS)
     assert tokens == want
     assert 0 < accepted <= drafted
+
+
+def check_size(llm, target, speculative) -> None:
+    """The calculator's groups and bytes are the pool's."""
+    cache = core(llm).scheduler.kv_cache_config
+    settings = Engine.of(llm.llm_engine.vllm_config).config
+    config, given = read_config(target), {"num_speculative_tokens": DRAFTS}
+    given = json.dumps(given | speculative)
+    shape = read_shape(config, "float32")
+    draft = read_drafter(given, config, shape, "float32", 1).heads(shape, 1)
+    memory = sizing.heads_memory(shape, settings, 1, BLOCK, draft)
+    assert memory.grouping.num_groups == len(cache.kv_cache_groups)
+    (pool,) = {tensor.size for tensor in cache.kv_cache_tensors}
+    assert pool == cache.num_blocks * memory.pool_block_bytes
 
 
 def test_on_cuda_the_drafter_is_placed_as_well(folders, prompts, plain, as_on_cuda):

@@ -138,16 +138,44 @@ def test_heads_of_two_kinds_and_one_window_are_of_one_kind():
 
 
 def test_heads_beside_layers_of_other_kinds():
-    """No obstacle; but a pipeline's stages and a drafter's layers are."""
+    """No obstacle, nor is a drafter; a stage that has not all of them is."""
     assert not refusals(stub_engine(**BESIDE))
-    changes = BESIDE | {"parallel_config__pipeline_parallel_size": 2}
-    text = refusals(stub_engine(**changes))["_heads_beside"]
-    assert re.search("pipeline_parallel_size must be 1 .* got 2; use tensor", text)
     changes = BESIDE | {"speculative_config": drafter("eagle")}
-    text = refusals(stub_engine(**changes))["_heads_beside"]
-    assert re.search("method must be one of ngram.* got 'eagle'; draft with n", text)
+    assert not refusals(stub_engine(**changes))
+    stages = BESIDE | {"parallel_config__pipeline_parallel_size": 2}
+    text = refusals(stub_engine(**stages))["_stages_beside"]
+    assert re.search("each kind .* got 2, where stage 0 has no full_attention", text)
     whole = {"additional_config": {"sink": {"retrieval_heads": [[1, 1]]}}}
-    assert "_heads_beside" not in refusals(stub_engine(**changes | whole))
+    assert not refusals(stub_engine(**stages | whole))
+    kinds = ["linear_attention", "full_attention", "mlp"] * 2
+    text = SimpleNamespace(num_attention_heads=4, layer_types=kinds)
+    more = {
+        "model_config__hf_text_config": text,
+        "model_config__get_total_num_hidden_layers": lambda: len(kinds),
+        "additional_config": {"sink": {"retrieval_heads": [[1, 0], [0, 0]]}},
+    }
+    assert not refusals(stub_engine(**stages | more))
+
+
+def test_a_drafters_heads_beside_layers_of_other_kinds():
+    """Whole layers are divided there: their number of KV heads is no matter."""
+    whole = {"additional_config": {"sink": {"retrieval_heads": [[1, 1], [0, 0]]}}}
+    kinds = ["linear_attention", "full_attention"] * 2
+    more = {
+        "model_config__hf_text_config": SimpleNamespace(
+            num_attention_heads=4, layer_types=kinds
+        ),
+        "model_config__get_total_num_hidden_layers": lambda: len(kinds),
+    }
+    for head_size, refused in ((64, False), (128, True)):
+        model = SimpleNamespace(
+            hf_config=SimpleNamespace(model_type="llama"),
+            get_head_size=lambda size=head_size: size,
+            get_total_num_kv_heads=lambda: 1,
+        )
+        changes = {"speculative_config": drafter("mtp", draft_model_config=model)}
+        found = refusals(stub_engine(**BESIDE | whole | more | changes))
+        assert ("_retrieval_heads" in found) == refused, found
 
 
 @pytest.mark.parametrize(

@@ -64,26 +64,49 @@ def save_eagle(folder: Path, **config) -> str:
     return str(path)
 
 
-def save_mtp(folder: Path, **config) -> str:
-    """The folder of a MiMo, a Qwen2 with an MTP layer that often guesses right."""
+def save_eagle3(folder: Path, **config) -> str:
+    """The folder of a random EAGLE3 drafter, which reads three layers of its target."""
+    path = Path(save_guessable(folder, **(config | {"num_hidden_layers": 1})))
+    weights = {
+        name.replace("model.layers.0.", "midlayer.").removeprefix("model."): tensor
+        for name, tensor in load_file(path / "model.safetensors").items()
+    }
+    generator = torch.Generator().manual_seed(1)
+    hidden = weights["norm.weight"].shape[0]
+    for name in ("q", "k", "v"):  # of the token's embedding beside the target's
+        own = f"midlayer.self_attn.{name}_proj.weight"
+        weights[own] = torch.cat([weights[own], weights[own].flip(0)], dim=1)
+    weights["midlayer.hidden_norm.weight"] = torch.ones(hidden)
+    mix = torch.randn(hidden, 2 * hidden, generator=generator) * 0.02
+    weights["fc.weight"] = torch.cat([mix, torch.eye(hidden)], dim=1)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def save_mtp(folder: Path, mtp_layers: int = 1, **config) -> str:
+    """The folder of a MiMo, a Qwen2 with MTP layers that often guess right."""
     torch.manual_seed(0)
     shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"max_position_embeddings": 1024, "initializer_range": 0.15}
     model = Qwen2ForCausalLM(Qwen2Config(**(TARGET | shape | config)))
     model.save_pretrained(folder)
     facts = json.loads((folder / "config.json").read_text())
-    facts |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    facts["architectures"] = ["MiMoForCausalLM"]
+    facts["num_nextn_predict_layers"] = mtp_layers
     (folder / "config.json").write_text(json.dumps(facts))
     weights = load_file(folder / "model.safetensors")
     make_guessable(weights)
-    size, own = facts["hidden_size"], "model.mtp_layers.0."
+    size = facts["hidden_size"]
     last = f"model.layers.{facts['num_hidden_layers'] - 1}."
-    for name in [name for name in weights if name.startswith(last)]:
-        weights[own + name.removeprefix(last)] = weights[name].clone()
-    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
-        weights[f"{own}{name}.weight"] = torch.ones(size)
+    copied = [name for name in weights if name.startswith(last)]
     mix = torch.randn(size, size, generator=torch.Generator().manual_seed(1)) * 0.02
-    weights[f"{own}input_proj.weight"] = torch.cat([mix, torch.eye(size)], dim=1)
+    for layer in range(mtp_layers):
+        own = f"model.mtp_layers.{layer}."
+        for name in copied:
+            weights[own + name.removeprefix(last)] = weights[name].clone()
+        for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+            weights[f"{own}{name}.weight"] = torch.ones(size)
+        weights[f"{own}input_proj.weight"] = torch.cat([mix, torch.eye(size)], dim=1)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 

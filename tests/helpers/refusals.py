@@ -159,11 +159,12 @@ CASES = [
         "with value {'window_size': 60}; rename it to 'sink'",
     ),
     Case(
-        "pipeline stages of heads of two kinds beside other layers",
+        "a pipeline stage without full attention beside heads of two kinds",
         "pipeline_parallel_size",
         BESIDE | {"parallel_config__pipeline_parallel_size": 2},
-        "pipeline_parallel_size must be 1 with retrieval heads in a model that has "
-        "layers of other kinds, got 2; use tensor parallelism",
+        "pipeline_parallel_size must leave every stage layers of each kind with "
+        "retrieval heads in a model that has layers of other kinds, got 2, where stage "
+        "0 has no full_attention; use fewer stages, or tensor parallelism alone",
     ),
     Case(
         "decode context parallel",

@@ -7,6 +7,7 @@ from tests.helpers.engine import core, managers
 from tests.helpers.random_llama import save_llama
 from tests.runner_v2.graphs import replay_graphs
 from tests.runner_v2.serving import SMALL, ask, assert_same, random_tokens, serving
+from vllm_sink.engine import Engine
 
 PROMPTS = [random_tokens(i, n) for i, n in enumerate((31, 75))]
 NUM_DRAFTS = 3
@@ -132,3 +133,29 @@ def test_beside_retrieval_heads(method, with_mtp, want_of_heads, tmp_path, monke
         steps = count_steps(llm, monkeypatch)
         assert_same(ask(llm, PROMPTS[:1], 16), want)
         assert len(steps) < num_steps_alone
+
+
+def test_beside_layers_of_other_kinds(tmp_path, monkeypatch):
+    """An EAGLE drafter's heads are in slots, beside a layer with its own window."""
+    shape = SMALL | TWO_HEADS
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    model = save_guessable(tmp_path / "target", **shape, **kinds, sliding_window=24)
+    policy = {"retrieval_heads": [[0, 0], [1, 0]]}
+    with serving(model, "v1", policy=policy) as llm:
+        steps_alone = count_steps(llm, monkeypatch)
+        want = ask(llm, PROMPTS[:1], 16)
+    speculation = {
+        "method": "eagle",
+        "model": save_eagle(tmp_path / "drafter", **shape),
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    with serving(model, "v2", policy=policy, speculative_config=speculation) as llm:
+        (layer,) = Engine.of(llm.llm_engine.vllm_config).head_groups.drafters
+        names = {head.slot.layer_name for head in layer.impl.heads}
+        groups = core(llm).scheduler.kv_cache_config.kv_cache_groups
+        own = [names <= set(group.layer_names) for group in groups]
+        assert sum(own) == 1
+        assert type(managers(llm)[own.index(True)]).__name__ == "SinkManager"
+        steps = count_steps(llm, monkeypatch)
+        assert_same(ask(llm, PROMPTS[:1], 16), want)
+        assert len(steps) < len(steps_alone)

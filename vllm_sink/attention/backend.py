@@ -31,6 +31,7 @@ from vllm_sink.attention import gpu_support
 from vllm_sink.attention.base import SinkBuilderBase, SinkImplBase
 from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache.draft_heads import add_drafters
+from vllm_sink.cache.draft_slots import add_drafter_slots
 from vllm_sink.cache.head_caches import add_companions
 from vllm_sink.cache.head_slots import SlotGroups, add_slots
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
@@ -247,12 +248,11 @@ def place_layer(engine: Engine, layer: Any) -> None:
         layer.attn_backend = bound(backend, engine, is_retrieval=False)
         return
     model = engine.vllm_config.model_config
+    beside = has_layers_beside(model.is_hybrid, heads)
     if is_building_drafter(engine.vllm_config):
-        add = add_drafters
-    elif has_layers_beside(model.is_hybrid, heads):
-        add = add_slots
+        add = add_drafter_slots if beside else add_drafters
     else:
-        add = add_companions
+        add = add_slots if beside else add_companions
     add(
         engine,
         layer,

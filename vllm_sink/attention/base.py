@@ -126,19 +126,23 @@ class SinkBuilderBase(AttentionMetadataBuilder[M]):
             vllm_config, AttentionLayerBase, layer_names
         )
         heads = [x for x in layers.values() if isinstance(x, (HeadCache, HeadSlot))]
-        if not heads:  # V1 makes a drafter's builder for its first layer's name alone
+        is_named = bool(heads)
+        if not is_named:  # a drafter's builder, of V1 for its first layer's name alone
             impls = [layer.impl for layer in self.layers.values()]
-            heads = [x for impl in impls for x in getattr(impl, "heads", None) or ()]
+            own = [x for impl in impls for x in getattr(impl, "heads", None) or ()]
+            heads = list(dict.fromkeys(head.entry for head in own))
         real = [head for head in heads if head.owners]
         # All of its heads are a drafter's; their layers read no other group.
         self.is_drafters = bool(real) and all(head.is_drafters for head in real)
-        self.heads = real
         if real:
             self.groups = real[0].groups
             self.group = self.groups.register(heads)
+            if not is_named and self.is_drafters:  # those of its other layers, too
+                real = [x for x in self.group.heads if x.owners and x.is_drafters]
             owners = (owner for head in real for owner in head.owners)
             self.layers.update({owner.layer_name: owner for owner in owners})
             refuse_scattered(real)
+        self.heads = real
         self._check_tables(vllm_config)
         self.block_size = kv_cache_spec.block_size
         # id of a rotary table -> the rotation, for tables that turns need.

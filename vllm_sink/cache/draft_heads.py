@@ -47,7 +47,7 @@ def add_drafters(
     layer.attn_backend = kind = retrieval_backend if draft.is_retrieval else backend
     groups: HeadGroups | None = engine.head_groups
     assert groups is not None, "a drafter is built after the model"
-    refuse_other_pages(layer, groups.first, heads)
+    refuse_other_pages(layer, groups.first, is_split=heads.splits_layers)
     context = get_current_vllm_config().compilation_config.static_forward_context
     entries: list[Any] = [layer]
     if heads.splits_layers:
@@ -79,20 +79,21 @@ def add_drafters(
         groups.drafted.append(entry.layer_name)
 
 
-def refuse_other_pages(layer: Attention, first: Attention, heads: HeadMap) -> None:
+def refuse_other_pages(layer: Attention, first: Attention, *, is_split: bool) -> None:
     """Refuse a drafter whose heads' blocks are not of the size of the model's.
 
     vLLM would make a group of each of its heads.
 
     Args:
         first: A layer of the model.
+        is_split: Heads have blocks of their own.
 
     Raises:
         ValueError: Names both and the remedy.
     """
     vllm_config = get_current_vllm_config()
     own, other = (x.get_kv_cache_spec(vllm_config) for x in (layer, first))
-    if heads.splits_layers:
+    if is_split:
         own, other = head_spec(own), head_spec(other)
     if own != other:
         raise ValueError(
@@ -102,17 +103,18 @@ def refuse_other_pages(layer: Attention, first: Attention, heads: HeadMap) -> No
         )
 
 
-def refuse_scattered(heads: list[HeadCache]) -> None:
+def refuse_scattered(heads: list[Any]) -> None:
     """Refuse a drafter whose heads vLLM dealt to several groups.
 
     Args:
-        heads: Of one group.
+        heads: Entries of one group.
 
     Raises:
         ValueError: Names the layer and the remedy.
     """
-    for layer in {head.owner for head in heads if head.is_drafters}:
-        if not set(layer.impl.heads) <= set(heads):
+    drafters = (layer for head in heads if head.is_drafters for layer in head.owners)
+    for layer in dict.fromkeys(drafters):
+        if not {head.entry for head in layer.impl.heads} <= set(heads):
             raise ValueError(
                 f"speculative_config.model must have its KV heads in one group {BESIDE}"
                 f", got {layer.layer_name} in several; {DRAFT_OTHERWISE}"

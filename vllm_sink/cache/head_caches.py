@@ -139,6 +139,11 @@ class HeadCache(AttentionLayerBase):
         self.impl = owner.impl
 
     @property
+    def entry(self) -> HeadCache:
+        """What vLLM knows of it."""
+        return self
+
+    @property
     def owners(self) -> tuple[Attention, ...]:
         """The attention modules that read it; none of padding."""
         return (self.owner,)

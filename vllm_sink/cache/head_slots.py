@@ -16,15 +16,17 @@ and compute nothing; a slot is a page of some heads for some tokens::
 * All governed layers "share" the KV cache of the first slot that has heads, vLLM's
   cross-layer sharing: that gives them metadata and no memory.
 * Slots are named alike on all tensor-parallel ranks, whatever heads these hold, and
-  there are as many on each: ranks look alike to vLLM.
+  there are as many on each: ranks look alike to vLLM. Pipeline stages have slots of
+  other names, as many of each kind.
+* A drafter's heads are in slots of their own (:mod:`vllm_sink.cache.draft_slots`).
 * A slot's spec says which group of its kind it is in (``part``): to vLLM's grouping
   these are layers of several kinds, and it makes a group of each.
 * How many layers there are beside, and of which page, is known when vLLM asks for
   specs, after the model is built, so that is when heads get slots. A slot that is not
   needed says that it has no cache.
 
-Where no layer has heads of both kinds no head has a slot: the layers' own specs
-differ, and slots without heads are added as padding alone.
+Where no layer has heads of both kinds, on one stage and without a drafter, no head has
+a slot: the layers' own specs differ, and slots without heads are mere padding.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -43,16 +45,18 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm_sink.cache.head_caches import HeadGroup, HeadGroups, refuse_layer
 from vllm_sink.cache.layers_beside import find_layers_beside, in_page
 from vllm_sink.cache.spec import OwnWindowSpec, SlotSpec
+from vllm_sink.cache.workers import draft_heads, stages_of
 from vllm_sink.engine import Engine
+from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.grouping import heads_held
 from vllm_sink.policy.head_map import HeadMap
-from vllm_sink.policy.slots import (
-    SlotGrouping,
-    SlotMemory,
-    choose_slots,
-    counts_of_ranks,
-    slots_of,
+from vllm_sink.policy.slot_workers import (
+    SlotHeads,
+    SlotWorkers,
+    is_divided,
+    slots_of_workers,
 )
+from vllm_sink.policy.slots import SlotGrouping, SlotMemory, choose_slots, slots_of
 
 
 class SlottedHead:
@@ -61,6 +65,7 @@ class SlottedHead:
     Args:
         layer: The attention module whose head it is.
         is_retrieval: Its kind.
+        is_drafters: Its layer is a drafter's.
 
     Attributes:
         slot: Where it is kept, once heads have slots.
@@ -71,10 +76,18 @@ class SlottedHead:
     slot: HeadSlot
     place: int
 
-    def __init__(self, layer: Attention, is_retrieval: bool) -> None:
+    def __init__(
+        self, layer: Attention, is_retrieval: bool, *, is_drafters: bool = False
+    ) -> None:
         self.readers = [layer]
         self.is_retrieval = is_retrieval
+        self.is_drafters = is_drafters
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def entry(self) -> HeadSlot:
+        """What vLLM knows of it."""
+        return self.slot
 
     @property
     def group(self) -> HeadGroup:
@@ -105,7 +118,6 @@ class HeadSlot(AttentionLayerBase):
 
     group: HeadGroup
     kv_cache: torch.Tensor  # [B, heads, N, 2D], bound by vLLM
-    is_drafters = False
 
     def __init__(
         self,
@@ -122,15 +134,26 @@ class HeadSlot(AttentionLayerBase):
         self.attn_backend = backend
         self.heads: tuple[SlottedHead, ...] = ()
         self.kv_cache = torch.tensor([])
-        # vLLM makes a metadata builder for each (backend, spec, num_heads): as the
-        # layers', which are in the first slot's group, so that one does.
-        self.num_heads = groups.layers[0].num_heads
-        self.impl = groups.layers[0].impl
+        self.belong_to(groups.layers[0])
+
+    def belong_to(self, layer: Attention) -> None:
+        """Look like a layer that reads this slot's heads.
+
+        vLLM makes a metadata builder for each (backend, spec, num_heads): as the
+        layers', which are in the first slot's group, so that one does.
+        """
+        self.num_heads = layer.num_heads
+        self.impl = layer.impl
 
     @property
     def owners(self) -> tuple[Attention, ...]:
         """The attention modules that read it; none of padding."""
         return tuple(dict.fromkeys(x for head in self.heads for x in head.readers))
+
+    @property
+    def is_drafters(self) -> bool:
+        """Whether all of its heads are a drafter's."""
+        return bool(self.heads) and all(head.is_drafters for head in self.heads)
 
     def get_attn_backend(self) -> type:
         return self.attn_backend
@@ -147,28 +170,44 @@ class SlotGroups(HeadGroups):
     Args:
         engine: The engine's record.
         heads: The whole model's.
-        held: The heads of each layer that the worker holds.
-        counts: (retrieval, streaming) among every rank's heads, by the heads held.
+        worker: The worker's stage, and the heads of each layer that it holds.
+        workers: The heads of every worker.
+        stages: The layers of each pipeline stage.
+        draft: The heads of the engine's drafter, if it has any.
 
     Attributes:
         layers: Governed layers that have keys of their own.
+        drafters: A drafter's layers.
         slots: By kind.
     """
 
     grouping: Any = None  # of the plan
     engine: Engine | None = None
     heads: HeadMap = field(default_factory=lambda: HeadMap(()))
-    held: range = range(0)
-    counts: dict[range, tuple[int, int]] = field(default_factory=dict)
+    worker: tuple[int, range] = (0, range(0))
+    workers: SlotWorkers = field(default_factory=dict)
+    stages: list[range] = field(default_factory=list)
+    draft: DraftHeads | None = None
     layers: list[Attention] = field(default_factory=list)
+    drafters: list[Attention] = field(default_factory=list)
     slots: dict[bool, list[HeadSlot]] = field(default_factory=dict)
     _plan: SlotMemory | None = None
     _is_planning: bool = False
 
     @property
+    def held(self) -> SlotHeads:
+        """The worker's heads."""
+        return self.workers[self.worker]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether slots hold heads, and not whole layers."""
+        return is_divided(self.heads, len(self.stages), self.draft)
+
+    @property
     def first_kind(self) -> bool:
         """The kind of the slot whose metadata the layers get."""
-        return self.counts[self.held][0] > 0
+        return self.held.retrieval > 0
 
     def plan(self, vllm_config: VllmConfig) -> SlotMemory:
         """Where each head is kept: made when vLLM first asks for a slot's spec.
@@ -194,29 +233,35 @@ class SlotGroups(HeadGroups):
         return in_page(spec, self.plan(vllm_config).page_bytes)
 
     def _fill_slots(self, grouping: SlotGrouping) -> None:
-        if not self.heads.splits_layers:
+        if not self.is_divided:
             return
         share = grouping.heads_per_slot
         for kind, slots in self.slots.items():
-            mine = [
-                head
-                for layer in self.layers
-                for head in layer.impl.heads
-                if head.is_retrieval == kind
-            ]
-            assert len(mine) <= share * len(slots), "as many slots as heads, and more"
-            for slot in slots:
-                slot.heads = tuple(mine[share * slot.index : share * (slot.index + 1)])
-                for place, head in enumerate(slot.heads):
-                    head.slot, head.place = slot, place
+            mine, drafted = (
+                [head for head in heads_of(layers) if head.is_retrieval == kind]
+                for layers in (self.layers, self.drafters)
+            )
+            needed = slots[: grouping.num_slots(kind)]
+            used = _put(mine, needed, share)
+            # The last slots are of one group, and of one block table.
+            last = len(needed) - -(-len(drafted) // share)
+            assert used <= last, "as many slots as heads, and more"
+            _put(drafted, needed[last:], share)
+        for layer in self.drafters:
+            own = [head.slot for head in layer.impl.heads]
+            assert len({slot.index // grouping.size for slot in own}) == 1, own
+            layer.kv_sharing_target_layer_name = own[0].layer_name
+            for slot in own:
+                slot.belong_to(layer)
+                slot.is_draft_layer = True  # vLLM 0.33 puts it into the spec
 
     def slot_spec(self, slot: HeadSlot, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """The spec of a slot, before it gets its policy; None: it is not needed."""
         plan = self.plan(vllm_config)
         grouping = plan.grouping
         layer = self.layers[0].get_kv_cache_spec(vllm_config)
-        if not self.heads.splits_layers:
-            filled = self.counts[self.held][0 if slot.is_retrieval else 1]
+        if not self.is_divided:
+            filled = self.held.counts[0 if slot.is_retrieval else 1]
             needed = grouping.num_slots(slot.is_retrieval) - filled
             return layer if slot.index < needed else None
         if slot.index >= grouping.num_slots(slot.is_retrieval):
@@ -231,39 +276,61 @@ class SlotGroups(HeadGroups):
         return SlotSpec(**known, part=slot.index // grouping.size)
 
 
+def heads_of(layers: list[Attention]) -> list[SlottedHead]:
+    """The heads of layers, in order."""
+    return [head for layer in layers for head in layer.impl.heads]
+
+
+def _put(heads: list[SlottedHead], slots: list[HeadSlot], share: int) -> int:
+    """Put so many heads into each slot; returns how many slots it took."""
+    for i, head in enumerate(heads):
+        head.slot, head.place = slots[i // share], i % share
+        head.slot.heads = (*head.slot.heads, head)
+    return -(-len(heads) // share)
+
+
 def make_plan(groups: SlotGroups, vllm_config: VllmConfig) -> SlotMemory:
     """Groups, slots and a request's memory of a worker whose layers are all built."""
     assert groups.engine is not None
-    config, heads = groups.engine.config, groups.heads
+    config = groups.engine.config
     spec = groups.layers[0].get_kv_cache_spec(vllm_config)
     assert isinstance(spec, FullAttentionSpec), spec
     unit_bytes = spec.unpadded_page_size_bytes // spec.block_size
-    if heads.splits_layers:
+    if groups.is_divided:
         unit_bytes //= spec.num_kv_heads
     governed = [*groups.layers, *(slot for x in groups.slots.values() for slot in x)]
-    beside = find_layers_beside(vllm_config, set(governed), spec.page_size_bytes)
+    stage, _ = groups.worker
+    beside = find_layers_beside(
+        vllm_config, set(governed), spec.page_size_bytes, groups.stages, stage
+    )
     whole_block = in_page(spec, beside.page_bytes).block_size
     slots = [(1, whole_block)]
-    if heads.splits_layers:
+    if groups.is_divided:
         slots = list(slots_of(beside.page_bytes, unit_bytes, spec.block_size))
     grouping = choose_slots(
-        groups.counts.values(),
+        groups.workers.values(),
         beside.layers,
         config.policy,
         config.retrieval_policy,
         slots=slots,
-        is_divided=heads.splits_layers,
+        is_divided=groups.is_divided,
+        num_stages=len(groups.stages),
     )
+    everywhere = 0
+    if len(groups.stages) > 1:
+        everywhere = groups.heads.num_governed_layers
+        everywhere += groups.draft.num_layers if groups.draft else 0
     return SlotMemory(
         grouping=grouping,
         page_bytes=beside.page_bytes,
         unit_bytes=unit_bytes,
-        counts=groups.counts[groups.held],
+        counts=groups.held.counts,
         streaming=config.policy,
         retrieval=config.retrieval_policy,
         beside=beside.layers,
-        whole_layers=len(groups.layers),
+        whole_layers=len(groups.layers) + len(groups.drafters),
         whole_block=whole_block,
+        whole_everywhere=everywhere,
     )
 
 
@@ -302,32 +369,44 @@ def add_slots(
         return
     groups: SlotGroups | None = engine.head_groups
     if groups is None:
-        num_ranks = vllm_config.parallel_config.tensor_parallel_size
-        rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
-        groups = SlotGroups(
-            engine=engine,
-            heads=heads,
-            held=heads_held(heads, num_ranks, rank),
-            counts=counts_of_ranks(heads, num_ranks),
-            layers=[layer],
-        )
+        groups = _make_groups(engine, layer, heads)
         engine.head_groups = groups
         _add_slots(groups, layer.layer_name, backend_of, context)
     else:
         groups.layers.append(layer)
-    if not heads.splits_layers:
+    if not groups.is_divided:
         return
     first = groups.slots[groups.first_kind][0]
     layer.attn_backend = first.attn_backend
     layer.kv_sharing_target_layer_name = first.layer_name
     layer.impl.heads = tuple(
-        SlottedHead(layer, is_retrieval[head]) for head in groups.held
+        SlottedHead(layer, is_retrieval[head]) for head in groups.worker[1]
+    )
+
+
+def _make_groups(engine: Engine, layer: Attention, heads: HeadMap) -> SlotGroups:
+    """The groups of a worker whose first governed layer is ``layer``."""
+    vllm_config = engine.vllm_config
+    stages = stages_of(vllm_config, heads.num_layers)
+    draft = draft_heads(vllm_config)
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    rank = get_tensor_model_parallel_rank() if num_ranks > 1 else 0
+    stage = get_pp_group().rank_in_group if len(stages) > 1 else 0
+    divided = is_divided(heads, len(stages), draft)
+    return SlotGroups(
+        engine=engine,
+        heads=heads,
+        worker=(stage, heads_held(heads, num_ranks, rank, is_divided=divided)),
+        workers=slots_of_workers(heads, num_ranks, stages, draft),
+        stages=stages,
+        draft=draft,
+        layers=[layer],
     )
 
 
 def _add_slots(groups: SlotGroups, name: str, backend_of: Any, context: dict) -> None:
     """Enter slots, of which as many have caches as a later plan needs."""
-    counts = [count for both in groups.counts.values() for count in both]
+    counts = [count for heads in groups.workers.values() for count in heads.counts]
     # A plan rounds up to whole groups, which are no larger than a kind of heads or of
     # other layers is numerous.
     most = 2 * max(counts) + groups.heads.num_layers

@@ -7,15 +7,18 @@ vLLM's pool of blocks, whose pages are all as large as the largest.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
 
 from vllm_sink.policy.layout import cdiv
 from vllm_sink.policy.slots import LayersBeside
+from vllm_sink.settings.layer_kinds import layer_kinds
 
 Spec = TypeVar("Spec", bound=AttentionSpec)
 
@@ -45,18 +48,26 @@ def in_page(spec: Spec, page_bytes: int) -> Spec:
 
 
 def find_layers_beside(
-    vllm_config: VllmConfig, governed: set[Any], governed_page: int
+    vllm_config: VllmConfig,
+    governed: set[Any],
+    governed_page: int,
+    stages: Sequence[range],
+    stage: int,
 ) -> Beside:
-    """The layers with a KV cache that are not ``governed``.
+    """The layers with a KV cache that are not ``governed``, on one worker.
 
     Args:
         governed_page: Bytes of a governed layer's page.
+        stages: The layers of each pipeline stage. stage: The worker's.
+
+    Raises:
+        ValueError: What other stages hold can't be told from what this one holds.
     """
     layers: dict[str, Any] = get_layers_from_vllm_config(
         vllm_config, AttentionLayerBase
     )
-    counted: Counter[KVCacheSpec] = Counter()
-    for layer in layers.values():
+    found: dict[KVCacheSpec, list[str]] = {}
+    for name, layer in layers.items():
         shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
         if layer in governed or shares:
             continue
@@ -64,18 +75,62 @@ def find_layers_beside(
         if isinstance(spec, AttentionSpec):
             spec = layer.get_attn_backend().customize_spec(spec)
         if spec is not None:
-            counted[spec] += 1
-    pages = [spec.page_size_bytes for spec in counted]
+            found.setdefault(spec, []).append(name)
+    pages = [spec.page_size_bytes for spec in found]
     page_bytes = max([governed_page, *pages])
     kinds = tuple(
-        _kind(spec, count, page_bytes, vllm_config) for spec, count in counted.items()
+        _kind(
+            spec,
+            on_stages(vllm_config, names, stages, stage),
+            stage,
+            page_bytes,
+            vllm_config,
+        )
+        for spec, names in found.items()
     )
     return Beside(kinds, page_bytes)
 
 
+def on_stages(
+    vllm_config: VllmConfig, names: list[str], stages: Sequence[range], stage: int
+) -> tuple[int, ...]:
+    """How many layers each stage holds of a spec that these have on one stage.
+
+    config.json says of which kind each layer is; layers of a kind have like specs.
+
+    Args:
+        names: All layers of the stage that have the spec.
+    """
+    if len(stages) == 1:
+        return (len(names),)
+    last = stages[-1].stop
+    kinds = layer_kinds(vllm_config.model_config.hf_text_config, last) or [""] * last
+    counted = Counter(kinds[extract_layer_index(name)] for name in names)
+    of_stages = [0] * len(stages)
+    for kind, count in counted.items():
+        alike = [sum(kinds[i] == kind for i in layers) for layers in stages]
+        each, rest = divmod(count, alike[stage])
+        if rest:
+            raise ValueError(
+                "pipeline_parallel_size must be 1 with retrieval heads in a model "
+                f"whose layers of one kind differ, got {count} like {names[0]} among "
+                f"{alike[stage]} of kind {kind!r}; use tensor parallelism"
+            )
+        of_stages = [
+            total + each * here for total, here in zip(of_stages, alike, strict=True)
+        ]
+    return tuple(of_stages)
+
+
 def _kind(
-    spec: KVCacheSpec, count: int, page_bytes: int, vllm_config: VllmConfig
+    spec: KVCacheSpec,
+    of_stages: tuple[int, ...],
+    stage: int,
+    page_bytes: int,
+    vllm_config: VllmConfig,
 ) -> LayersBeside:
+    count = of_stages[stage]
+    of_stages = of_stages if len(of_stages) > 1 else ()
     window = getattr(spec, "sliding_window", None)
     if window is None:
         needed = spec.max_memory_usage_bytes(vllm_config)
@@ -88,7 +143,13 @@ def _kind(
                 checkpoints = spec.num_prefill_checkpoint_blocks
         states -= checkpoints
         return LayersBeside(
-            count, 0, None, states, checkpoints, kept_bytes=states * content
+            count,
+            0,
+            None,
+            states,
+            checkpoints,
+            kept_bytes=states * content,
+            of_stages=of_stages,
         )
     assert isinstance(spec, AttentionSpec), spec
     return LayersBeside(
@@ -96,4 +157,5 @@ def _kind(
         in_page(spec, page_bytes).block_size,
         window,
         kept_bytes=spec.unpadded_page_size_bytes // spec.block_size,
+        of_stages=of_stages,
     )

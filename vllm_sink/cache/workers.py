@@ -12,17 +12,21 @@ from vllm_sink.policy.head_map import HeadMap
 
 def workers_of(vllm_config: VllmConfig, heads: HeadMap) -> Workers:
     """What each worker of an engine holds."""
-    parallel = vllm_config.parallel_config
-    num_stages = parallel.pipeline_parallel_size
     return heads_of_workers(
         heads,
-        parallel.tensor_parallel_size,
-        [
-            range(*get_pp_indices(heads.num_layers, stage, num_stages))
-            for stage in range(num_stages)
-        ],
+        vllm_config.parallel_config.tensor_parallel_size,
+        stages_of(vllm_config, heads.num_layers),
         draft_heads(vllm_config),
     )
+
+
+def stages_of(vllm_config: VllmConfig, num_layers: int) -> list[range]:
+    """The layers of each pipeline stage."""
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    return [
+        range(*get_pp_indices(num_layers, stage, num_stages))
+        for stage in range(num_stages)
+    ]
 
 
 def draft_heads(vllm_config: VllmConfig) -> DraftHeads | None:

@@ -122,17 +122,20 @@ def heads_of_workers(
     num_ranks: int,
     stages: Sequence[range] = (),
     draft: DraftHeads | None = None,
+    *,
+    is_divided: bool | None = None,
 ) -> Workers:
     """The heads of each worker.
 
     Args:
         num_ranks: Tensor-parallel ranks.
         stages: The layers of each pipeline stage; left out: one has all.
+        is_divided: As for :func:`heads_held`.
     """
     stages = stages or [range(heads.num_layers)]
     counts, num_draft_heads = {}, 0
     for rank in range(num_ranks):
-        held = heads_held(heads, num_ranks, rank)
+        held = heads_held(heads, num_ranks, rank, is_divided=is_divided)
         for stage, layers in enumerate(stages):
             rows = [heads.is_retrieval[i] for i in layers]
             # A layer that the policy doesn't govern has an empty row.
@@ -150,9 +153,15 @@ def heads_of_workers(
     return Workers(counts, num_draft_heads)
 
 
-def heads_held(heads: HeadMap, num_ranks: int, rank: int) -> range:
-    """The KV heads of a rank, in each of its layers; the first where none is split."""
-    if not heads.splits_layers:
+def heads_held(
+    heads: HeadMap, num_ranks: int, rank: int, *, is_divided: bool | None = None
+) -> range:
+    """The KV heads of a rank, in each of its layers; the first where none is split.
+
+    Args:
+        is_divided: Heads are counted. None: only where a layer is split, else layers.
+    """
+    if not (heads.splits_layers if is_divided is None else is_divided):
         return range(1)
     return heads_of_rank(rank, num_ranks, heads.num_kv_heads)
 

@@ -11,6 +11,8 @@ heads for some tokens, ``heads_per_slot * tokens_per_block`` of them. A group is
     window    [layer 0    | layer 2         ]
     window    [layer 4    | padding         ]
 
+Pipeline stages have slots of their own names, as many on each: to vLLM a group has the
+layers of all stages. What a worker keeps in them: :mod:`vllm_sink.policy.slot_workers`.
 Where the policy governs all layers: :mod:`vllm_sink.policy.grouping`.
 """
 
@@ -19,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vllm_sink.policy.head_map import HeadMap, heads_of_rank
+from vllm_sink.policy.head_map import HeadMap
 from vllm_sink.policy.layout import RetentionPolicy, cdiv
+from vllm_sink.policy.slot_workers import SlotHeads, most_drafted, most_slots
 
 # Each group costs time in the scheduler and in the planning of a step.
 MAX_GROUPS = 16
@@ -43,6 +46,7 @@ class LayersBeside:
         num_states: Blocks that a request holds, whatever its length (Mamba).
         num_checkpoints: Blocks that it holds besides while it prefills.
         kept_bytes: What one layer keeps: of a token, or of all states.
+        of_stages: How many on each pipeline stage; empty: there is one.
     """
 
     num_layers: int
@@ -51,6 +55,17 @@ class LayersBeside:
     num_states: int = 0
     num_checkpoints: int = 0
     kept_bytes: int = 0
+    of_stages: tuple[int, ...] = ()
+
+    @property
+    def num_everywhere(self) -> int:
+        """How many on all stages together."""
+        return sum(self.of_stages) or self.num_layers
+
+    @property
+    def most(self) -> int:
+        """The most of a stage."""
+        return max(self.of_stages, default=self.num_layers)
 
     def blocks(self, num_tokens: int, in_flight_tokens: int) -> int:
         """Most blocks of a request in one group."""
@@ -71,7 +86,7 @@ class SlotGrouping:
     """Groups of equal size; see :func:`choose_slots`.
 
     Args:
-        size: Slots of a group, or layers.
+        size: Slots of a group, or layers, on each pipeline stage.
         num_retrieval, num_streaming: Groups of each kind of heads.
         num_beside: Groups of each kind of layers beside.
         heads_per_slot: Heads of a slot, or layers of it: one.
@@ -92,6 +107,17 @@ class SlotGrouping:
     def num_slots(self, is_retrieval: bool) -> int:
         """Slots of one kind, on every worker."""
         return self.size * (self.num_retrieval if is_retrieval else self.num_streaming)
+
+    def width(self, num_beside: Sequence[int]) -> int:
+        """Pages of a block of the pool: of the widest group of a worker.
+
+        vLLM deals the layers of a kind out to its groups in turn.
+
+        Args:
+            num_beside: The worker's layers beside, of each kind.
+        """
+        dealt = map(cdiv, num_beside, self.num_beside)
+        return max([self.size, *dealt])
 
     def request_blocks(
         self, retrieval_blocks: int, streaming_blocks: int, beside: Sequence[int]
@@ -124,51 +150,66 @@ def vllm_group_size(counts: Iterable[int]) -> int:
 
 
 def choose_slots(
-    counts: Iterable[tuple[int, int]],
+    workers: Iterable[SlotHeads],
     beside: Sequence[LayersBeside],
     streaming: RetentionPolicy,
     retrieval: RetentionPolicy | None,
     *,
     slots: Iterable[tuple[int, int]],
     is_divided: bool = True,
+    num_stages: int = 1,
 ) -> SlotGrouping:
     """The groups that hold a request of :data:`LENGTH` tokens in the least memory.
 
     Args:
-        counts: (retrieval heads, streaming heads) of each worker; or layers.
+        workers: The heads of each worker; or layers.
         beside: The layers beside, of each kind.
         streaming, retrieval: Policies; None keeps everything.
         slots: (heads, tokens) that a page of the pool may hold; of :func:`slots_of`.
         is_divided: vLLM is told of every group as of a kind of its own, so that it
             makes a group of each, of any size. False: of two kinds, which it divides.
+        num_stages: Pipeline stages; vLLM groups the layers of all together.
+
+    Raises:
+        ValueError: A drafter's heads don't fit into one group.
     """
-    most = _most(counts)
+    workers = list(workers)
+    everywhere = [layers.num_everywhere for layers in beside]
     options: list[tuple[int, int, int, SlotGrouping]] = []
     for heads, tokens in slots:
-        needed = [cdiv(count, heads) for count in most]
+        needed = most_slots(workers, heads)
+        least = max(most_drafted(workers, heads), 1)
         besides = [layers.blocks(LENGTH, 1) for layers in beside]
-        for size in range(1, max(*needed, *(x.num_layers for x in beside)) + 1):
+        for size in range(least, max(*needed, *everywhere) + 1):
             num_retrieval, num_streaming = (cdiv(count, size) for count in needed)
-            kinds = [size] * (num_retrieval + num_streaming)
+            whole = size * num_stages
+            kinds = [whole] * (num_retrieval + num_streaming)
             if not is_divided:
                 kinds = [size * n for n in (num_retrieval, num_streaming) if n]
-            kinds += [layers.num_layers for layers in beside]
-            if vllm_group_size(kinds) != size:
+            kinds += everywhere
+            if vllm_group_size(kinds) != whole:
                 continue
             grouping = SlotGrouping(
                 size,
                 num_retrieval,
                 num_streaming,
-                tuple(cdiv(layers.num_layers, size) for layers in beside),
+                tuple(cdiv(count, whole) for count in everywhere),
                 heads,
                 tokens,
             )
-            pages = size * grouping.request_blocks(
+            width = grouping.width([layers.most for layers in beside])
+            pages = width * grouping.request_blocks(
                 held_blocks(retrieval, LENGTH, 1, tokens),
                 held_blocks(streaming, LENGTH, 1, tokens),
                 besides,
             )
             options.append((pages, grouping.num_groups, -tokens, grouping))
+    if not options:
+        raise ValueError(
+            "speculative_config.model must have KV heads that fit into one group "
+            f"beside the model's other layers, got {sum(workers[-1].drafted)} beside "
+            f"{min(everywhere)} layers; draft with n-grams or drop --speculative-config"
+        )
     few = [option for option in options if option[1] <= MAX_GROUPS]
     if not few:
         return min(options, key=lambda option: option[1:3])[3]
@@ -211,26 +252,6 @@ def held_blocks(
     return policy.max_blocks(in_flight_tokens, num_tokens, block_size)
 
 
-def _most(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The most of each kind on a worker."""
-    counts = list(counts)
-    return max(count for count, _ in counts), max(count for _, count in counts)
-
-
-def counts_of_ranks(heads: HeadMap, num_ranks: int) -> dict[range, tuple[int, int]]:
-    """(retrieval, streaming) among the heads that each tensor-parallel rank holds.
-
-    Layers are counted instead of heads where no layer is split.
-    """
-    held = [heads_of_rank(r, num_ranks, heads.num_kv_heads) for r in range(num_ranks)]
-    counts = {}
-    for mine in held if heads.splits_layers else [range(1)]:
-        retrieval = heads.count(mine)
-        total = heads.num_governed_layers * len(mine)
-        counts[mine] = retrieval, total - retrieval
-    return counts
-
-
 @dataclass(frozen=True)
 class SlotMemory:
     """Memory of one request on a worker whose pool other layers share.
@@ -239,12 +260,13 @@ class SlotMemory:
         grouping: The worker's groups.
         page_bytes: Bytes of a slot.
         unit_bytes: Bytes of one token in one head (or layer, where none is split).
-        counts: Its (retrieval, streaming) heads, or layers.
+        counts: Its (retrieval, streaming) heads, a drafter's included; or layers.
         streaming: The streaming heads' policy.
         retrieval: The retrieval heads'; None keeps everything.
         beside: The layers beside, of each kind.
-        whole_layers, whole_block: Governed layers, and tokens of a block of theirs
-            under stock attention.
+        whole_layers, whole_block: Governed layers, a drafter's included, and tokens of
+            a block of theirs under stock attention.
+        whole_everywhere: Such layers on all pipeline stages; 0: there is one stage.
     """
 
     grouping: SlotGrouping
@@ -256,11 +278,13 @@ class SlotMemory:
     beside: tuple[LayersBeside, ...]
     whole_layers: int
     whole_block: int
+    whole_everywhere: int = 0
 
     @property
     def pool_block_bytes(self) -> int:
         """Bytes of one block of the pool."""
-        return self.grouping.size * self.page_bytes
+        num_beside = [layers.num_layers for layers in self.beside]
+        return self.grouping.width(num_beside) * self.page_bytes
 
     @property
     def block_size(self) -> int:
@@ -298,9 +322,12 @@ class SlotMemory:
 
     def dense_bytes(self, num_tokens: int) -> int:
         """Bytes of a request under stock attention, in its own groups."""
-        counts = [self.whole_layers, *(layers.num_layers for layers in self.beside)]
+        own = [self.whole_layers, *(layers.num_layers for layers in self.beside)]
+        everywhere = [self.whole_everywhere or self.whole_layers]
+        everywhere += [layers.num_everywhere for layers in self.beside]
+        size = vllm_group_size(everywhere)
+        groups = [cdiv(count, size) for count in everywhere]
         held = [cdiv(num_tokens, self.whole_block)]
         held += [layers.blocks(num_tokens, 1) for layers in self.beside]
-        size = vllm_group_size(counts)
-        groups = (cdiv(count, size) for count in counts)
-        return self.page_bytes * size * sum(map(int.__mul__, groups, held))
+        width = max(map(cdiv, own, groups))
+        return self.page_bytes * width * sum(map(int.__mul__, groups, held))

@@ -10,6 +10,8 @@ from typing import Any
 
 # What a layer with full attention is called, beside Mamba in the same layer included.
 GOVERNED = ("full_attention", "attention", "hybrid")
+# What a layer that keeps nothing is called.
+WITHOUT_CACHE = frozenset({"-", "E", "mlp", "moe"})
 # Names of the list of kinds, and of Nemotron-H's string, in which * is attention.
 LISTS = ("layer_types", "layers_block_type")
 
@@ -23,7 +25,7 @@ def layer_owners(text: Any, num_layers: int) -> tuple[int | None, ...]:
     Args:
         text: The decoder's configuration.
     """
-    kinds = _kinds(text, num_layers)
+    kinds = layer_kinds(text, num_layers)
     if kinds is None:
         return ()
     shared = getattr(text, "num_kv_shared_layers", None) or 0
@@ -41,7 +43,8 @@ def layer_owners(text: Any, num_layers: int) -> tuple[int | None, ...]:
     return tuple(owners)
 
 
-def _kinds(text: Any, num_layers: int) -> list[str] | None:
+def layer_kinds(text: Any, num_layers: int) -> list[str] | None:
+    """The kind of each layer, as its configuration calls it; None: it has no list."""
     for name in LISTS:
         kinds = getattr(text, name, None)
         if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers:

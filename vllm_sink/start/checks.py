@@ -19,11 +19,8 @@ from vllm_sink.engine import BACKEND_NAME, Engine
 from vllm_sink.policy.config import SECTION, has_section
 from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.own_rotation import changed_rotation
-from vllm_sink.start.drafters import (
-    MODEL_FREE_DRAFTERS,
-    check_drafter,
-    check_drafter_beside,
-)
+from vllm_sink.settings.layer_kinds import WITHOUT_CACHE, layer_kinds
+from vllm_sink.start.drafters import check_drafter, check_drafter_beside
 from vllm_sink.start.host_cache import check_connector
 from vllm_sink.start.lookalikes import refuse_lookalikes
 from vllm_sink.start.must import must
@@ -265,31 +262,35 @@ def _retrieval_heads(engine: Engine) -> None:
     check_drafter_beside(engine, beside)
 
 
-def _heads_beside(engine: Engine) -> None:
-    """Refuse what heads of two kinds can't have where other layers share the pool."""
+def _stages_beside(engine: Engine) -> None:
+    """Refuse pipeline stages that can't tell what the others hold beside heads.
+
+    All stages have the same groups of heads, in pages as large as the largest of any
+    layer; a stage knows the pages of the layers that it has.
+    """
     heads, vllm_config = engine.config.head_map, engine.vllm_config
     model = vllm_config.model_config
     if model is None or heads is None or heads.num_retrieval_heads == 0:
         return
     if heads.is_uniform or not has_layers_beside(model.is_hybrid, heads):
         return
-    beside = "with retrieval heads in a model that has layers of other kinds"
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    must(
-        stages == 1,
-        "pipeline_parallel_size",
-        f"be 1 {beside}",
-        stages,
-        "use tensor parallelism",
-    )
-    method = vllm_config.speculative_config and vllm_config.speculative_config.method
-    must(
-        method in (None, *MODEL_FREE_DRAFTERS),
-        "speculative_config.method",
-        f"be one of {', '.join(MODEL_FREE_DRAFTERS)} {beside}",
-        repr(method),
-        "draft with n-grams or drop --speculative-config",
-    )
+    num_stages = vllm_config.parallel_config.pipeline_parallel_size
+    kinds = layer_kinds(model.hf_text_config, heads.num_layers)
+    if num_stages == 1 or kinds is None:
+        return
+    from vllm_sink.cache.workers import stages_of
+
+    wanted = set(kinds) - WITHOUT_CACHE
+    for number, stage in enumerate(stages_of(vllm_config, heads.num_layers)):
+        lacking = wanted - {kinds[i] for i in stage}
+        must(
+            not lacking,
+            "pipeline_parallel_size",
+            "leave every stage layers of each kind with retrieval heads in a model "
+            "that has layers of other kinds",
+            f"{num_stages}, where stage {number} has no {', '.join(sorted(lacking))}",
+            "use fewer stages, or tensor parallelism alone",
+        )
 
 
 # In the order in which the start tells of them.
@@ -299,8 +300,8 @@ CHECKS: tuple[Check, ...] = (
     _context_parallel,
     check_connector,
     _kind_of_model,
-    _heads_beside,  # first: it takes fewer drafters
     _retrieval_heads,
+    _stages_beside,
     _reaches_a_layer,
     _hybrid_manager,
     check_drafter,

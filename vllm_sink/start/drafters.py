@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_sink.engine import BACKEND_NAME, Engine
 from vllm_sink.policy.draft_heads import KEEPS_EVERYTHING
+from vllm_sink.policy.slots import has_layers_beside
 from vllm_sink.rotation.table_length import lengthen
 from vllm_sink.start.must import must
 
@@ -56,7 +57,8 @@ def check_drafter(engine: Engine) -> None:
 def check_drafter_beside(engine: Engine, beside: str) -> None:
     """Refuse a drafter that can't be beside heads of two kinds.
 
-    Its heads are in one group with the model's (:mod:`vllm_sink.cache.draft_heads`).
+    Its heads are in one group with the model's: :mod:`vllm_sink.cache.draft_heads` and,
+    beside layers of other kinds, :mod:`vllm_sink.cache.draft_slots`.
 
     Args:
         beside: What asks for such heads, as a clause.
@@ -83,9 +85,9 @@ def check_drafter_beside(engine: Engine, beside: str) -> None:
             "true",
             "take it out of --speculative-config",
         )
+    is_split = heads.splits_layers or has_layers_beside(model.is_hybrid, heads)
     own, other = (
-        _shape(config, heads.splits_layers)
-        for config in (speculative.draft_model_config, model)
+        _shape(config, is_split) for config in (speculative.draft_model_config, model)
     )
     must(
         own == other,

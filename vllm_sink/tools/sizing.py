@@ -17,13 +17,14 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_sink.policy.config import SinkConfig
+from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.grouping import RequestMemory, heads_of_workers
 from vllm_sink.policy.layout import RetentionPolicy
+from vllm_sink.policy.slot_workers import is_divided, slots_of_workers
 from vllm_sink.policy.slots import (
     LayersBeside,
     SlotMemory,
     choose_slots,
-    counts_of_ranks,
     has_layers_beside,
     slots_of,
 )
@@ -31,6 +32,7 @@ from vllm_sink.settings.resolve import resolved
 from vllm_sink.start.log_lines import format_bytes
 from vllm_sink.tools.cache_shape import CacheShape
 from vllm_sink.tools.cli import print_json
+from vllm_sink.tools.drafter import read_drafter
 from vllm_sink.tools.model_layers import (
     BYTES_PER_VALUE,
     model_shape,
@@ -120,17 +122,23 @@ def measure_heads(
 
 
 def heads_memory(
-    shape: CacheShape, config: SinkConfig, tensor_parallel_size: int, block_size: int
+    shape: CacheShape,
+    config: SinkConfig,
+    tensor_parallel_size: int,
+    block_size: int,
+    draft: DraftHeads | None = None,
 ) -> RequestMemory:
     """The memory of a request on the GPU with the most retrieval heads.
 
     Args:
+        shape: Of the model alone.
         config: Resolved, with heads of both kinds.
+        draft: The heads of a drafter, if it has any.
     """
     heads = config.head_map
     assert heads is not None and not heads.is_uniform, heads
     (kind,) = shape.kinds
-    workers = heads_of_workers(heads, tensor_parallel_size)
+    workers = heads_of_workers(heads, tensor_parallel_size, draft=draft)
     first = next(iter(workers.counts.values()))
     head_bytes = block_size * shape.layer_bytes(kind)
     if heads.splits_layers:
@@ -146,7 +154,11 @@ def heads_memory(
 
 
 def slot_memory(
-    shape: CacheShape, config: SinkConfig, tensor_parallel_size: int, block_size: int
+    shape: CacheShape,
+    config: SinkConfig,
+    tensor_parallel_size: int,
+    block_size: int,
+    draft: DraftHeads | None = None,
 ) -> SlotMemory:
     """As :func:`heads_memory`, where other layers share the pool.
 
@@ -165,7 +177,8 @@ def slot_memory(
     block_size = shape.attention_block_size(block_size)
     page = shape.page_bytes(block_size)
     unit = shape.layer_bytes(kind)
-    if heads.splits_layers:
+    divided = is_divided(heads, draft=draft)
+    if divided:
         unit //= kind.num_kv_heads
     beside = tuple(
         LayersBeside(
@@ -181,26 +194,26 @@ def slot_memory(
     )
     whole_block = shape.tokens_per_block(kind, block_size)
     slots = [(1, whole_block)]
-    if heads.splits_layers:
+    if divided:
         slots = list(slots_of(page, unit, block_size))
-    counts = counts_of_ranks(heads, tensor_parallel_size)
+    workers = slots_of_workers(heads, tensor_parallel_size, draft=draft)
     grouping = choose_slots(
-        counts.values(),
+        workers.values(),
         beside,
         config.policy,
         config.retrieval_policy,
         slots=slots,
-        is_divided=heads.splits_layers,
+        is_divided=divided,
     )
     return SlotMemory(
         grouping=grouping,
         page_bytes=page,
         unit_bytes=unit,
-        counts=max(counts.values()),
+        counts=max(heads.counts for heads in workers.values()),
         streaming=config.policy,
         retrieval=config.retrieval_policy,
         beside=beside,
-        whole_layers=kind.num_layers,
+        whole_layers=kind.num_layers + (draft.num_layers if draft else 0),
         whole_block=whole_block,
     )
 
@@ -284,6 +297,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="layers with states hold one more for it",
     )
+    add("--speculative-config", metavar="JSON", help="as vLLM's: counts the drafter")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -305,6 +319,13 @@ def run(args: argparse.Namespace) -> int:
         args.kv_cache_dtype,
         caches_prefixes=args.enable_prefix_caching,
     )
+    drafter, own = None, shape
+    if args.speculative_config is not None:
+        ranks = args.tensor_parallel_size
+        given = args.speculative_config
+        drafter = read_drafter(given, config, shape, args.dtype, ranks)
+        own = drafter.with_states(shape)
+        shape = drafter.with_layers(own)
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     num_tokens = args.max_model_len or trained
     if not num_tokens:
@@ -330,14 +351,17 @@ def run(args: argparse.Namespace) -> int:
         if heads.is_uniform:
             sink = measure(shape, kept, **request, block_size=args.block_size)
         else:
-            sizes = shape, settings, args.tensor_parallel_size, args.block_size
+            sizes = own, settings, args.tensor_parallel_size, args.block_size
+            draft = None
+            if drafter is not None:
+                draft = drafter.heads(own, args.tensor_parallel_size)
             if has_layers_beside(shape.has_states, heads):
-                slots = slot_memory(*sizes)
+                slots = slot_memory(*sizes, draft)
                 sink = measure_heads(slots, **request)
                 sink["blocks_of"] = slots.block_size
                 sink["kept_bytes"] = slots.kept_bytes(num_tokens)
             else:
-                sink = measure_heads(heads_memory(*sizes), **request)
+                sink = measure_heads(heads_memory(*sizes, draft), **request)
     if args.json:
         print_json(
             {
@@ -349,16 +373,18 @@ def run(args: argparse.Namespace) -> int:
                 "block_size": args.block_size,
                 "enable_prefix_caching": args.enable_prefix_caching,
                 "retrieval_heads": heads and heads.num_retrieval_heads,
+                "drafter": drafter and asdict(drafter),
                 "bytes_per_token": shape.bytes_per_token,
                 "dense": dense,
                 "sink": sink,
             }
         )
         return 0
+    drafts = f"{drafter.words}; " if drafter else ""
     title = (
         f"{os.path.basename(args.model.rstrip('/'))}, on each of "
-        f"{args.tensor_parallel_size} GPU(s): {describe(shape)}; "
-        f"{shape.bytes_per_value} byte(s) a value"
+        f"{args.tensor_parallel_size} GPU(s): {describe(own)}; "
+        f"{drafts}{shape.bytes_per_value} byte(s) a value"
     )
     lines = rows(shape, (dense, sink), args.memory, num_tokens)
     print_table(title, ("", "dense", header), lines)
