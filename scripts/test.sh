@@ -118,7 +118,7 @@ whole() {
         VLLM_SINK_EXPECT_VLLM="$VLLM_NEXT" tests/cache/test_block_manager.py \
         tests/cache/test_block_manager_machine.py tests/cache/test_groups.py \
         tests/cache/test_slots.py tests/cache/test_slots_planned.py \
-        tests/cache/test_workers.py \
+        tests/cache/test_workers.py tests/cache/test_workers_beside.py \
         tests/cache/test_free_order.py tests/cache/test_prefix_hits.py \
         tests/cache/test_host_copies.py tests/cache/test_host_worker.py \
         tests/engine/test_groups.py
