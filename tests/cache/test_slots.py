@@ -119,6 +119,16 @@ def test_ranks_are_counted_by_the_heads_of_governed_layers():
     }
     layers = HeadMap(((), (True, True), (False, False), (False, False)))
     assert slots_of_workers(layers, 2) == {(0, range(1)): SlotHeads(1, 2)}
+    # Stages and a drafter have them divided into heads.
+    halves = [range(2), range(2, 4)]
+    assert slots_of_workers(layers, 1, halves) == {
+        (0, range(2)): SlotHeads(2, 0),
+        (1, range(2)): SlotHeads(0, 4),
+    }
+    draft = DraftHeads(1, 2, is_retrieval=False)
+    assert slots_of_workers(layers, 1, (), draft) == {
+        (0, range(2)): SlotHeads(2, 4, (0, 2))
+    }
 
 
 def test_a_drafters_slots_fit_into_one_group():

@@ -163,11 +163,12 @@ def test_a_drafter_is_in_one_group(monkeypatch, name, layers, method, kind):
 
 def test_layers_of_one_kind_that_differ_are_refused():
     """One of two sliding layers has the window: who knows of those elsewhere?"""
-    text = SimpleNamespace(layer_types=[SLIDING, SLIDING, FULL] * 2)
+    kinds = [FULL, SLIDING, SLIDING, FULL, SLIDING, SLIDING, SLIDING]
+    text = SimpleNamespace(layer_types=kinds)
     config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
-    stages = [range(3), range(3, 6)]
-    names = ["model.layers.0.attn", "model.layers.1.attn"]
-    assert layers_beside.on_stages(config, names, stages, 0) == (2, 2)
-    message = "must be 1 .* got 1 like model.layers.0.attn among 2 .* use tensor"
+    stages = [range(3), range(3, 7)]
+    names = ["model.layers.1.attn", "model.layers.2.attn"]
+    assert layers_beside.on_stages(config, names, stages, 0) == (2, 3)
+    message = "must be 1 .* got 1 like model.layers.1.attn among 2 .* use tensor"
     with pytest.raises(ValueError, match=message):
         layers_beside.on_stages(config, names[:1], stages, 0)
