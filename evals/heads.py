@@ -121,6 +121,12 @@ ENGINE_POLICIES = (
 
 def hits_in_engine(model: str, policy: Policy, haystacks: list, length: int) -> int:
     """Needles found by greedy generation in vLLM; haystacks have ``length`` tokens."""
+    with policy.open_engine(model, length + 16) as llm:
+        return generated_hits(llm, haystacks)
+
+
+def generated_hits(llm, haystacks: list) -> int:
+    """Needles that the engine finds by greedy generation."""
     from vllm import SamplingParams
 
     prompts, params, wanted = [], [], []
@@ -131,8 +137,7 @@ def hits_in_engine(model: str, policy: Policy, haystacks: list, length: int) -> 
             prompts.append({"prompt_token_ids": tokens})
             params.append(SamplingParams(temperature=0, max_tokens=count))
             wanted.append(question.tokens[-count:])
-    with policy.open_engine(model, length + 16) as llm:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     told = [list(output.outputs[0].token_ids) for output in outputs]
     return sum(a == b for a, b in zip(told, wanted, strict=True))
 

@@ -31,6 +31,7 @@ class Policy:
     Args:
         retrieval_heads: A pattern file.
         retrieval_fraction: The share of its heads that keeps everything.
+        retrieval_layers: Layers that keep everything; no name says them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Policy:
     sink_positions: str | None = None
     retrieval_heads: str | None = None
     retrieval_fraction: float | None = None
+    retrieval_layers: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str, num_sink_tokens: int, window_size: int) -> Policy:
@@ -84,7 +86,9 @@ class Policy:
         del section["name"]
         return {"attention_backend": "sink", "additional_config": {"sink": section}}
 
-    def open_engine(self, model: str, max_model_len: int):
+    def open_engine(
+        self, model: str, max_model_len: int, max_num_batched_tokens: int = 2048
+    ):
         """An fp32 engine under the policy, for texts of ``max_model_len`` tokens.
 
         A context manager. The rotary table is lengthened where the model's own is
@@ -96,7 +100,7 @@ class Policy:
         return sink_engine(
             model,
             max_model_len=max_model_len,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=max_num_batched_tokens,
             hf_overrides=overrides_for(model, max_model_len),
             **self.engine_args(),
         )

@@ -7,7 +7,7 @@
 
     python -m evals.reproduce heads     --model M --text emma.txt persuasion.txt
     python -m evals.reproduce heads_ppl heads_stability heads_engine heads_methods ...
-    python -m evals.reproduce heads_layers --model M --text emma.txt persuasion.txt
+    python -m evals.reproduce heads_layers heads_layers_engine --model M --text ...
     python -m evals.reproduce all       --model M --text emma.txt persuasion.txt
 
 Each writes a CSV, with its configuration in every row, and most a PNG that is drawn
@@ -200,9 +200,10 @@ HEADS = {
     "heads_engine": (heads.measure_engine, None),
     "heads_methods": (methods.measure, None),
     "heads_layers": (layers.measure, None),
+    "heads_layers_engine": (layers.measure_engine, None),
 }
 # For a model with few full-attention layers: no part of ``all``.
-BY_NAME = {"heads_layers"}
+BY_NAME = {"heads_layers", "heads_layers_engine"}
 # Eager attention holds every weight; these need no long text.
 SHORT = {"attention": 1024, "mixing": 256}
 

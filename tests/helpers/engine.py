@@ -57,7 +57,12 @@ def start_engine(
 @contextlib.contextmanager
 def sink_engine(model, *policy, **kwargs):
     """:func:`start_engine`'s for a block, its memory given back afterwards."""
-    llm = start_engine(model, *policy, **kwargs)
+    try:
+        llm = start_engine(model, *policy, **kwargs)
+    except BaseException:
+        # Else the next engine gets this one's process groups: none of experts, say.
+        cleanup_dist_env_and_memory()
+        raise
     try:
         yield llm
     finally:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    Cohere2Config,
     DistilBertConfig,
     Exaone4Config,
     FalconConfig,
@@ -202,6 +203,13 @@ def test_exaones_pattern_of_letters(tmp_path):
         shape = sizing.read_shape(model_layers.read_config(str(name)))
         counts = [(kind.window, kind.num_layers) for kind in shape.kinds]
         assert counts == [(0, 2), (4096, 6)]
+
+
+def test_coheres_windows_see_a_token_more_than_its_configuration_says():
+    """As vLLM's layers of that name do."""
+    config = Cohere2Config(num_hidden_layers=4, sliding_window=64)
+    counts = [(k.window, k.num_layers) for k in sizing.read_shape(config).kinds]
+    assert counts == [(0, 1), (65, 3)]
 
 
 def test_a_window_that_is_switched_off_is_full_attention():

@@ -83,10 +83,12 @@ LONG = {
     ),
 }
 
+# Enough heads for a policy that is far above bfloat16's rounding.
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 LINEAR = {
+    **HEADS,
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
-    "head_dim": 64,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
@@ -351,7 +353,7 @@ ZOO = [
         "Qwen3-Next-80B-A3B",
         {
             **MOE,
-            "head_dim": 64,
+            **HEADS,
             "linear_key_head_dim": 128,
             "linear_value_head_dim": 128,
             "linear_num_key_heads": 2,

@@ -1,10 +1,11 @@
 """Every architecture of the zoo, against Hugging Face's own forward of it.
 
 docs/models.md is written from what these tests found:
-``VLLM_SINK_WRITE_DOCS=1 pytest tests/zoo``.
+``VLLM_SINK_WHOLE_ZOO=1 VLLM_SINK_WRITE_DOCS=1 pytest tests/zoo``. What didn't run keeps
+its cells, so a part of the models (``-k``) or of the modes
+(``VLLM_SINK_WHOLE_ZOO='retrieval heads'``) may run at a time.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -22,16 +23,15 @@ SINKS, WINDOW, LENGTH = 4, 60, 300
 BLOCK, BLOCKS = 32, {1: 10, 2: 16}  # by how many kinds of layers there are
 TOLERANCE = 2e-3
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-# Both modes of every architecture; else `absolute`, which knows nothing of rotations,
-# for some.
-WHOLE = "VLLM_SINK_WHOLE_ZOO" in os.environ
-IN_BOTH = {"Llama", "Mixtral", "Gemma 3", "OLMo 2", "GLM"}
-# Heads of two policies beside layers of each other kind.
-WITH_HEADS = {"Gemma 3", "Gemma 4, shared keys", "gpt-oss", "Qwen3-Next"}
-WITH_HEADS |= {"Falcon-H1", "Nemotron-H"}
 HEADS = "retrieval heads"
-# The zoo can run in parts that write what they found into one file.
-FOUND = os.environ.get("VLLM_SINK_ZOO_FOUND")
+MODES = ("cache", "absolute", HEADS)
+# These modes of every architecture; else `absolute`, which knows nothing of rotations,
+# and heads for some.
+WHOLE = os.environ.get("VLLM_SINK_WHOLE_ZOO", "")
+IN_BOTH = {"Llama", "Mixtral", "Gemma 3", "OLMo 2", "GLM"}
+# Heads of two policies beside layers of each other kind, and in either implementation.
+WITH_HEADS = {"Gemma 3", "Gemma 4, shared keys", "gpt-oss", "Qwen3-Next"}
+WITH_HEADS |= {"Falcon-H1", "Nemotron-H", "LFM2", "Cohere 2", "OLMo 2"}
 # name -> implementation and what was found, by mode
 outcomes: dict[str, dict[str, str]] = {}
 
@@ -69,7 +69,8 @@ class Reference:
                 heads=heads,
             )
 
-        positions = "absolute" if "cache" in entry.refused else "cache"
+        # What stands beside retrieval heads.
+        self.positions = positions = "absolute" if "cache" in entry.refused else "cache"
         self.scores = scores_of(model.config.get_text_config())
         self.want = {
             HEADS: want(WINDOW, positions, rows_read(model.config, self.scores)),
@@ -82,6 +83,9 @@ class Reference:
         assert (got - self.want[positions]).abs().max() < TOLERANCE
         dense = (got - self.want["dense"]).abs().max()
         assert dense > 20 * TOLERANCE, "no policy to be seen"
+        if positions == HEADS:
+            plain = (got - self.want[self.positions]).abs().max()
+            assert plain > 20 * TOLERANCE, "no retrieval head to be seen"
 
     def check_near(self, got, positions: str, unlimited) -> None:
         """As close as the engine is to Hugging Face where nothing is evicted.
@@ -93,8 +97,10 @@ class Reference:
         error = (got - self.want[positions]).abs().mean()
         effect = (self.want["dense"] - self.want[positions]).abs().mean()
         assert error < 1.5 * rounding, (error, rounding)
-        # Retrieval heads leave less of the policy to be seen.
-        assert effect > (3 if positions == HEADS else 4) * error, (effect, error)
+        assert effect > 4 * error, (effect, error)
+        if positions == HEADS:
+            plain = (got - self.want[self.positions]).abs().mean()
+            assert plain > 1.5 * rounding, "no retrieval head to be seen"
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -105,12 +111,8 @@ def test_architecture(entry, tmp_path, request):
     path = save(entry, tmp_path)
     tokens = tokens_of()
     reference = Reference(entry, path, tokens)
-    found = {"implementation": "-"}
-    some = WHOLE or entry.refused or entry.name in IN_BOTH
-    modes = ("cache", "absolute") if some else ("cache",)
-    if (WHOLE and len(entry.refused) < 2) or entry.name in WITH_HEADS:
-        modes = (*modes, HEADS)
-    for positions in modes:
+    found = {"implementation": "-"} if len(entry.refused) == 2 else {}
+    for positions in modes_of(entry):
         refused = entry.refused.get(positions)
         settings = {
             "positions": positions,
@@ -124,10 +126,11 @@ def test_architecture(entry, tmp_path, request):
             **entry.settings,
         }
         if positions == HEADS:
-            settings["positions"] = "absolute" if "cache" in entry.refused else "cache"
+            settings["positions"] = reference.positions
             settings["retrieval"] = {"heads": reference.scores}
+            settings["max_model_len"] = 320
             settings["num_gpu_blocks_override"] = 60
-            refused = entry.refused_heads
+            refused = entry.refused_heads or entry.refused.get("absolute")
         if refused is not None:
             with (
                 pytest.raises(Exception, match=refused.replace("…", ".*")),
@@ -154,9 +157,18 @@ def test_architecture(entry, tmp_path, request):
             reference.check(got, positions)
             found[positions] = "exact"
     outcomes[entry.name] = found
-    if FOUND:
-        with open(FOUND, "a") as file:
-            file.write(json.dumps([entry.name, found]) + "\n")
+
+
+def modes_of(entry: Entry) -> list[str]:
+    """The modes that run."""
+    if WHOLE:
+        return [mode for mode in MODES if WHOLE == "1" or mode in WHOLE.split(",")]
+    among = {"cache"}
+    if entry.refused or entry.name in IN_BOTH:
+        among.add("absolute")
+    if entry.name in WITH_HEADS:
+        among.add(HEADS)
+    return [mode for mode in MODES if mode in among]
 
 
 def scores_of(config) -> list[list[int]]:
@@ -198,13 +210,6 @@ def server_of(model: torch.nn.Module) -> str:
 
 
 def test_docs_say_what_was_found():
-    if FOUND:
-        with open(FOUND) as file:
-            for line in file:
-                name, found = json.loads(line)
-                outcomes.setdefault(name, {}).update(found)
-    if set(outcomes) != {entry.name for entry in ZOO}:
-        pytest.skip("only some architectures ran")
     text = DOCS.read_text()
     table = re.compile(r"(?<=<!-- zoo -->\n).*(?=<!-- /zoo -->)", re.S)
     page = table.sub(lambda match: render(match.group()), text)
@@ -226,15 +231,17 @@ def render(before: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for entry in ZOO:
-        found = outcomes[entry.name]
-        known = earlier.get(entry.used_by, ["not run"] * 7)
+        known = earlier.get(entry.used_by, ["not run"] * 6)
+        found = outcomes.get(entry.name, {})
         cells = (
             f"{entry.name} (`{entry.kind}`)",
             entry.used_by,
-            found["implementation"],
-            found["cache"],
-            found.get("absolute", known[4]),
-            found.get(HEADS, known[5]),
+            *(
+                found.get(column, cell)
+                for column, cell in zip(
+                    ("implementation", *MODES), known[2:6], strict=True
+                )
+            ),
             entry.notes,
         )
         rows.append("| " + " | ".join(cells) + " |")

@@ -44,6 +44,8 @@ KV_HEADS = (
     "num_attention_groups",
 )
 SPACES = "state-space layers"
+# vLLM's windows of these models see one token more than config.json says.
+ONE_MORE = ("cohere2", "cohere2_moe")
 # Configurations of what is no plain attention layer.
 NOT_COUNTED = (
     ("kv_lora_rank", "MLA"),
@@ -264,6 +266,7 @@ def _layers(text: Any) -> tuple[list[str], int]:
     window = _get(text, "sliding_window") or None
     if window is not None:
         _check_count("sliding_window", window)
+        window += _get(text, "model_type") in ONE_MORE
     if _get(text, "use_sliding_window") is False:
         window = None
     kinds = _get(text, "layer_types")
