@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs the extra: pip install -e .[eval]")
 
-from evals import heads, plots
+from evals import heads, layers, plots
+from vllm_sink.policy.config import SinkConfig
 from vllm_sink.tools.heads.attention import Layers
 from vllm_sink.tools.heads.scores import Scores
 
@@ -102,3 +103,20 @@ def test_committed_methods_say_why_the_default_is_the_default():
     for (share, length), hits in gates.items():
         assert hits > other[share, length], "more than the recipe"
         assert share != "0.1" or hits >= 0.6 * other["1.0", length]
+
+
+def test_every_choice_of_layers_has_an_engine_and_a_row():
+    """With both sink positions, beside stock attention."""
+    found = {}
+    for name, policy in layers.engine_policies((5, 11, 17)):
+        config = SinkConfig.from_additional_config(
+            policy.engine_args().get("additional_config")
+        )
+        chosen = " ".join(map(str, config.retrieval_layers or ()))
+        found[name, policy.sink_positions or ""] = chosen
+    assert len(found) == 1 + 2 * 8 and found.pop(("dense", "")) == ""
+    assert all(name == chosen for (name, _), chosen in found.items())
+    with (RESULTS / "heads_layers_engine.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    told = {(row["retrieval_layers"], row["sink_positions"]) for row in rows}
+    assert told == {("dense", ""), *found}
