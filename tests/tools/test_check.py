@@ -15,6 +15,7 @@ from transformers import (
     BloomConfig,
     DeepseekV2Config,
     FalconH1Config,
+    Gemma3Config,
     LlamaConfig,
     WhisperConfig,
 )
@@ -286,6 +287,26 @@ def test_a_good_policy_needs_no_weights(models, tmp_path, monkeypatch):
     assert re.fullmatch(
         r"Host cache: [\d,]+ blocks \(.*\) keep about .* of any .*", host
     )
+
+
+@pytest.mark.usefixtures("importable_multimodal_models")
+@pytest.mark.parametrize("flags", [[], ["--language-model-only"]])
+def test_a_processor_of_images_gets_its_tokenizer(tmp_path, monkeypatch, flags):
+    """vLLM refuses to build it without."""
+    config = Gemma3Config(
+        text_config={"hidden_size": 64, "num_hidden_layers": 2},
+        architectures=["Gemma3ForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path)
+    asked = []
+
+    def started(engine_args):
+        asked.append(engine_args.skip_tokenizer_init)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(check, "started", started)
+    assert check.check(str(tmp_path), flags)["refusal"] == "enough"
+    assert asked == [bool(flags)]
 
 
 def test_command(tmp_path, capsys):

@@ -72,3 +72,27 @@ def test_the_printed_command_serves_the_heads_that_were_found(
     for layer in GOVERNED[name]:
         kept = [int(-score <= ranked[len(ranked) // 2 - 1]) for score in scores[layer]]
         assert kept == rows[layer]
+
+
+def test_a_model_that_reads_images_is_served_without_them(monkeypatch):
+    """Where the start says that it must; nothing else is added."""
+    told = {
+        (): "model must not look both ways; pass --language-model-only",
+        ("--language-model-only",): None,
+    }
+
+    def refusal(command):
+        return told[tuple(word for word in command if word == "--language-model-only")]
+
+    monkeypatch.setattr(serve_command, "refusal", refusal)
+    command = serve_command.serve_command("m", {"window_size": 60})
+    first, *lines = serve_command.advice("Serve it so:", command)
+    assert first == "Serve it so:"
+    words = shlex.split(" ".join(lines).replace("\\", ""))
+    assert words == [*command[:5], "--language-model-only", *command[5:]]
+    told["--language-model-only",] = "model must be another"
+    (line,) = serve_command.advice("Serve it so:", command)
+    assert "vllm serve" not in line and line.endswith("model must be another")
+    told[()] = "model must be another"
+    (line,) = serve_command.advice("Serve it so:", command)
+    assert line.endswith("model must be another")

@@ -3,10 +3,11 @@
     vllm-sink check MODEL [the flags of vllm serve]
 
 Starts the engine as ``vllm serve`` would, in this process, with random weights in
-place of the model's: no weight is read, nothing is downloaded but the configuration,
-and what refuses the start is the code that refuses here. One replica, without Ray.
-Exits with 1 where the start would be refused. Weights still take their memory, and the
-machine must be the one that will serve.
+place of the model's: no weight is read, nothing is downloaded but the configuration
+(of a model that reads images, its processor's, too), and what refuses the start is the
+code that refuses here. One replica, without Ray. Exits with 1 where the start would be
+refused. Weights still take their memory, and the machine must be the one that will
+serve.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from vllm_sink.tools.cli import one_line, print_json
 CHANGES = {
     "load_format": "dummy",
     "enforce_eager": True,
-    "skip_tokenizer_init": True,
     "disable_log_stats": True,
     "data_parallel_size": 1,
     "distributed_executor_backend": None,
@@ -85,11 +85,18 @@ def check(model: str, flags: list[str]) -> dict[str, Any]:
     for name, value in CHANGES.items():
         setattr(engine_args, name, value)
     try:
+        engine_args.skip_tokenizer_init = not reads_media(engine_args)
         with started(engine_args) as engine:
             report |= {"starts": True, "refusal": None, **look(engine)}
     except Exception as error:  # whatever ends the start, pydantic's errors too
         report |= {"starts": False, "refusal": message(error)}
     return report
+
+
+def reads_media(engine_args: Any) -> bool:
+    """Whether vLLM builds the model's processor, which asks for its tokenizer."""
+    media = engine_args.create_model_config().multimodal_config
+    return media is not None and not media.language_model_only
 
 
 @contextlib.contextmanager

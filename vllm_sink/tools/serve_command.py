@@ -11,6 +11,9 @@ import shlex
 import sys
 from typing import Any
 
+# What the start tells to pass where it refuses images and serves the text.
+TEXT_ALONE = "--language-model-only"
+
 
 def serve_command(
     model: str, section: dict[str, Any], revision: str | None = None
@@ -46,13 +49,19 @@ def refusal(command: list[str]) -> str | None:
 def advice(introduction: str, command: list[str]) -> list[str]:
     """Lines: the introduction and the command to type, or why there is none.
 
-    Takes an engine's start: let go of models that are loaded before.
+    A model that is refused for the images that it reads is served without them: text is
+    all that the tools have read. Takes an engine's start, or two: let go of models that
+    are loaded before.
     """
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     told = refusal(command)
+    if told is not None and TEXT_ALONE in told and TEXT_ALONE not in command:
+        cut = command.index("--additional-config")
+        command = [*command[:cut], TEXT_ALONE, *command[cut:]]
+        told = refusal(command)
     if told is not None:
         return [f"No command is printed to serve it so, as it would not start: {told}"]
     return [introduction, *printed(command)]
