@@ -131,6 +131,8 @@ FP32["sm_80"] = [
     Row(128, ANY, ANY, LaunchConfig(16, 16, 8, 3)),
     Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 4)),
 ]
+# So they have on sm_120 at head size 128.
+FP32["sm_120"] = [Row(256, ANY, ANY, LaunchConfig(16, 16, 8, 3))]
 
 
 @functools.cache
