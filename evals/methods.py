@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
     rows = Rows(path)
     cells = [
         (method, share, length)
-        for method in METHODS
+        for method in args.methods
         for share in FRACTIONS
         for length in haystacks
     ]

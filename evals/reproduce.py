@@ -249,6 +249,13 @@ def main() -> None:
     parser.add_argument(
         "--haystacks", type=int, help="heads: of each length; 13, heads_layers: 6"
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[*methods.METHODS],
+        default=[*methods.METHODS],
+        help="heads_methods: these alone",
+    )
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
     if not args.plot_only:

@@ -136,6 +136,25 @@ def test_the_gate_of_the_head_that_answers_stays_open(answering):
     assert torch.equal(again.value, found.value)
 
 
+def test_a_head_that_answers_need_comes_into_the_first_quarter(answering):
+    """In the place of one that they don't need; the surest stay, and so does it."""
+    model, known = answering
+    reading = copied(model, 100)
+    layers = attention.inspect(model, list(range(1, 9)))
+    others = [(i, h) for i in range(4) for h in range(2) if (i, h) != known]
+    last = scores.ranked([*others, known], {}, layers)
+    found = answers.exchanged(model, [reading], last, RetentionPolicy(0, 8))
+    assert found.order() == [others[0], known, *others[1:]]
+    again = answers.exchanged(model, [reading], found, RetentionPolicy(0, 8))
+    assert torch.equal(again.value, found.value)
+    # Nothing is lost by what is in vain.
+    every = torch.ones(4, 2, dtype=torch.bool)
+    loss = reading.loss(model, RetentionPolicy(0, 8), every)
+    chosen = answers._opened(found.order()[:2], found.value).bool()
+    assert reading.loss(model, RetentionPolicy(0, 8), chosen) < loss + 0.1
+    assert reading.loss(model, RetentionPolicy(0, 8), every & ~chosen) > loss + 1
+
+
 def test_the_gates_are_pushed_ever_harder():
     weights = [answers.pressure(step, 5) for step in range(5)]
     assert (weights[0], weights[-1]) == pytest.approx(answers.PRESSURE)

@@ -1,13 +1,14 @@
 """A policy for every head of a Hugging Face model, against naive masks."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import attention
+from vllm_sink.tools.heads import attention, shared
 from vllm_sink.tools.heads.attention import Headwise
 
 TINY = {
@@ -131,6 +132,37 @@ def test_each_head_obeys_its_policy(monkeypatch, tile):
     other[3, 0] = ~other[3, 0]
     with Headwise(policy=policy, retrieval=other):
         assert (model(tokens).logits - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_continuations_that_share_a_cache_equal_whole_sequences(family):
+    """Three ends of one beginning, whose keys are held once."""
+    model = build(family, attention.NAME)
+    torch.manual_seed(4)
+    start, ends = torch.randint(1, 96, (1, 20)), torch.randint(1, 96, (3, 6))
+    policy, gates = RetentionPolicy(2, 5), torch.rand(4, 3)
+    kept = gates < 0.5
+    kept[0], kept[2] = True, False
+    seen = []
+    for how in (
+        {},
+        {"policy": policy},
+        {"policy": policy, "retrieval": kept},
+        {"policy": policy, "gates": gates},
+    ):
+        cache = transformers.DynamicCache(config=model.config)
+        with Headwise(**how):
+            model.base_model(start, past_key_values=cache)
+            whole = torch.cat([start.expand(3, -1), ends], 1)
+            want = model(whole, use_cache=False).logits[:, 20:]
+        for _ in range(2):  # the cache can be continued again
+            continued, past = shared.continued(cache, 3)
+            with Headwise(**how, past=past):
+                got = model(ends, past_key_values=continued).logits
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+        assert 0 in past or 1 in past, "full attention's keys are held once"
+        seen.append(want)
+    assert min((one - two).abs().max() for one, two in pairwise(seen)) > 1e-2
 
 
 def test_real_model_under_the_policy(model_path, reference, prose):

@@ -14,7 +14,7 @@ last hidden states. Here a step reads 100 tokens, not 600, and asks for what cou
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,21 +22,24 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from vllm_sink.policy.head_map import num_chosen
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import needles, scores
-from vllm_sink.tools.heads.attention import Headwise, Layers
+from vllm_sink.tools.heads import needles, scores, shared
+from vllm_sink.tools.heads.attention import Layers
 from vllm_sink.tools.heads.scores import Scores
 
 NUM_HAYSTACKS = 8
 # Some heads are needed from far away alone: what is found at 1,024 tokens holds at 512,
 # and not the other way round.
 LONGER = 2
-STEPS = 48
+STEPS = 32
 LEARNING_RATE = 0.05
 # Weight of the mean gate beside the loss of the answers in nats a token: of the first
 # step and of the last, growing evenly by ratio.
 PRESSURE = (1.0, 20.0)
 BY_GATES = 0.25  # of the heads are ranked by their gates
+# The first of these stay; so many of the others are tried in the place of the rest.
+SURE, TRIED = 0.15, 3
 # Of the needles in the first haystacks: below it there is nothing to keep.
 LEAST_HITS, NUM_CHECKED = 0.25, 4
 
@@ -56,20 +59,23 @@ class Reading:
     rows: torch.Tensor
     targets: torch.Tensor
 
-    def logits(self, model) -> torch.Tensor:
-        """[answer tokens, vocabulary] before each token of the answers."""
-        cache = copy.deepcopy(self.cache)
-        needles.repeat(cache, len(self.rows))
-        logits = model(self.rows, past_key_values=cache, use_cache=True).logits
-        return logits[self.targets != needles.NO_TARGET].float()
+    def logits(self, model, **headwise: Any) -> torch.Tensor:
+        """[answer tokens, vocabulary]: ``needles.answer_logits``."""
+        rows, targets = self.rows, self.targets
+        return needles.answer_logits(model, self.cache, rows, targets, **headwise)
+
+    @torch.no_grad()
+    def loss(self, model, policy: RetentionPolicy, retrieval: torch.Tensor) -> float:
+        """Of the answers, in nats a token, where these heads keep everything."""
+        logits = self.logits(model, policy=policy, retrieval=retrieval)
+        return float(cross_entropy(logits, self.answers))
 
     @torch.no_grad()
     def hits(self, model) -> list[bool]:
         """For each question whether full attention answers it."""
         right = self.logits(model).argmax(-1) == self.answers
-        asked = self.targets != needles.NO_TARGET
-        parts = right.split(asked.sum(1).tolist())
-        return [bool(part.all()) for part in parts]
+        sizes = (self.targets != needles.NO_TARGET).sum(1).tolist()
+        return [bool(part.all()) for part in right.split(sizes)]
 
     @property
     def answers(self) -> torch.Tensor:
@@ -125,9 +131,8 @@ def find(
             "example --fraction 0.5"
         )
     gates = train(model, readings, layers, policy, steps, on_progress)
-    return scores.continued(
-        gates, scores.find(model, tokenizer, text, layers), BY_GATES
-    )
+    best = exchanged(model, readings, gates, policy)
+    return scores.continued(best, scores.find(model, tokenizer, text, layers), BY_GATES)
 
 
 def train(
@@ -146,14 +151,9 @@ def train(
     optimizer = torch.optim.Adam([gates], lr=LEARNING_RATE)
     total = torch.zeros_like(gates, requires_grad=False)
     for step in range(steps):
-        reading = readings[step % len(readings)]
         optimizer.zero_grad()
-        # Linear attention writes its states, which were read, in place.
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():
-            with Headwise(policy=policy, gates=gates):
-                loss = cross_entropy(reading.logits(model), reading.answers)
-            loss = loss + pressure(step, steps) * gates[free].mean()
-            loss.backward()
+        _loss(model, readings[step % len(readings)], gates, policy)
+        (pressure(step, steps) * gates[free].mean()).backward()
         optimizer.step()
         with torch.no_grad():
             gates.clamp_(0, 1)
@@ -163,6 +163,58 @@ def train(
     # A gate that closed at once still comes before a layer that has no choice.
     score = torch.where(layers.free, mean.clamp(min=1e-6), torch.zeros(()))
     return Scores(score, {"gate": score}, layers)
+
+
+def exchanged(
+    model, readings: list[Reading], gates: Scores, policy: RetentionPolicy
+) -> Scores:
+    """The scores with other heads in the first quarter, where the loss asks for them.
+
+    The quarter's heads keep everything, the others stream. The slope of the loss says
+    what it would lose by a gate that closes and gain by one that opens: the most
+    wanted heads are tried, one by one, in the place of the least needed. What does
+    not lower the loss is taken back.
+    """
+    order = gates.order()
+    count, num_sure = (num_chosen(share, len(order)) for share in (BY_GATES, SURE))
+    kept = order[:count]
+    opened = _opened(kept, gates.value).to(model.device).requires_grad_()
+    least = sum(_loss(model, reading, opened, policy) for reading in readings)
+    slope = opened.grad.cpu()
+    wanted = sorted(order[count:], key=lambda head: float(slope[head]))
+    needless = sorted(order[num_sure:count], key=lambda head: -float(slope[head]))
+    for new in wanted[:TRIED]:
+        if not needless or slope[new] >= slope[needless[0]]:
+            break
+        tried = [head for head in kept if head != needless[0]] + [new]
+        retrieval = _opened(tried, gates.value).bool()
+        loss = sum(reading.loss(model, policy, retrieval) for reading in readings)
+        if loss < least:
+            kept, least = tried, loss
+            needless.pop(0)
+    rest = [head for head in order if head not in kept]
+    return scores.ranked(kept + rest, gates.measured, gates.layers)
+
+
+def _opened(heads: list[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """Gates of 1 for these (layer, KV head), 0 for the others."""
+    gates = torch.zeros_like(like)
+    for head in heads:
+        gates[head] = 1
+    return gates
+
+
+def _loss(model, reading: Reading, gates: torch.Tensor, policy: RetentionPolicy):
+    """Loss of the answers in nats a token; the gates' gradient grows by its own."""
+    whole: Any = contextlib.nullcontext()
+    if not shared.is_shared(reading.cache):
+        # Linear attention writes its states, which were read, in place.
+        whole = torch.autograd.graph.allow_mutation_on_saved_tensors()
+    with whole:
+        logits = reading.logits(model, policy=policy, gates=gates)
+        loss = cross_entropy(logits, reading.answers)
+        loss.backward()
+    return float(loss.detach())
 
 
 def pressure(step: int, steps: int) -> float:

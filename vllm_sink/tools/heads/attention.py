@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads.call import AttentionCall, Watch
+from vllm_sink.tools.heads.shared import Continuation, Past
 from vllm_sink.tools.reading import load_whole, reading
 
 NAME = "vllm_sink_headwise"
@@ -42,6 +43,7 @@ class Headwise:
             [B, HKV, G, Q, K] fp32 of a tile of queries, first query); for one that
             reads another's keys, too.
         watch_from: The first query that is watched.
+        past: Of layers whose cache hands out new keys alone: ``shared.continued``.
     """
 
     policy: RetentionPolicy | None = None
@@ -49,6 +51,7 @@ class Headwise:
     gates: torch.Tensor | None = None
     watch: Watch | None = None
     watch_from: int = 0
+    past: Past = field(default_factory=dict)
 
     def __enter__(self) -> Headwise:
         assert _in_force.get() is None, "one Headwise at a time"
@@ -219,6 +222,9 @@ def headwise_attention(
     owner = _owner(module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = AttentionCall(query, key, value, scale, softcap, s_aux)
+    if owner in headwise.past:
+        past = headwise.past[owner]
+        call = Continuation(query, key, value, scale, softcap, s_aux, *past)
     if _has_window(module, sliding_window):
         return call.plain(mask=attention_mask), None
     if headwise.watch is not None:

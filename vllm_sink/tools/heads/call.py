@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,13 +55,12 @@ class AttentionCall:
 
     def of_heads(self, kv_heads: torch.Tensor, heads: torch.Tensor) -> AttentionCall:
         """The call of some KV heads and their query heads (bool masks)."""
-        return AttentionCall(
-            self.query[:, heads],
-            self.key[:, kv_heads],
-            self.value[:, kv_heads],
-            self.scale,
-            self.softcap,
-            None if self.s_aux is None else self.s_aux[heads],
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key=self.key[:, kv_heads],
+            value=self.value[:, kv_heads],
+            s_aux=None if self.s_aux is None else self.s_aux[heads],
         )
 
     def plain(self, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,7 +73,7 @@ class AttentionCall:
                 seen = keys[None] <= self._positions(start, stop)[:, None]
             else:
                 seen = mask[:, :, start:stop, :end]
-            parts.append(self._attend(start, stop, slice(0, end), seen))
+            parts.append(self.attend(start, stop, slice(0, end), seen))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def streaming(self, policy: RetentionPolicy) -> torch.Tensor:
@@ -96,7 +95,7 @@ class AttentionCall:
                 (keys[None] < policy.num_sink_tokens)
                 | (position - keys[None] < policy.window_size)
             )
-            parts.append(self._attend(start, stop, index, seen))
+            parts.append(self.attend(start, stop, index, seen))
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def watch(self, watch: Watch, layer: int, start_at: int) -> None:
@@ -118,7 +117,7 @@ class AttentionCall:
         device = self.query.device
         return torch.arange(self.first + start, self.first + stop, device=device)
 
-    def _attend(self, start: int, stop: int, index, seen) -> torch.Tensor:
+    def attend(self, start: int, stop: int, index, seen) -> torch.Tensor:
         """[B, H, stop - start, D]"""
         if self.softcap is None and self.s_aux is None:
             return scaled_dot_product_attention(

@@ -61,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Fractions tried, in ascending order, and the chosen one."""
+    """Fractions tried, in ascending order up to the chosen one."""
 
     points: list[Point]
     full: Point
@@ -87,9 +87,7 @@ def measure(
     fractions: Iterable[float],
     on_progress: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Try the fractions in ascending order.
-
-    All of them, also beyond the first that is enough: the curve is for people.
+    """Try the fractions in ascending order, up to the first that is enough.
 
     Raises:
         ValueError: Full attention itself misses most needles.
@@ -113,7 +111,11 @@ def measure(
             f" {full.hits:.0%} of {full.num_needles}; give a number, for example "
             "--fraction 0.5"
         )
-    points = [point(fraction, best_heads(scores, fraction)) for fraction in fractions]
+    points: list[Point] = []
+    for share in fractions:
+        points.append(point(share, best_heads(scores, share)))
+        if is_enough(points[-1], full):
+            break
     chosen = choose(points, full)
     if chosen is None:
         why = (

@@ -13,11 +13,12 @@ import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
-from vllm_sink.tools.heads import texts
+from vllm_sink.tools.heads import shared, texts
 from vllm_sink.tools.heads.attention import Headwise
 
 NUM_NEEDLES = 8
@@ -158,12 +159,21 @@ def batch(haystack: Haystack, device) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def repeat(cache, count: int) -> None:
-    """Make transformers' cache of one sequence one of ``count`` equal ones.
+def answer_logits(
+    model, cache, rows: torch.Tensor, targets: torch.Tensor, **headwise: Any
+) -> torch.Tensor:
+    """[answer tokens, vocabulary]: what the model expects in each token's place.
 
-    By the choice of beams, as layers of linear attention can't repeat a batch.
+    Args:
+        cache: Transformers', of the haystack; left as it is.
+        rows, targets: :func:`batch`'s.
+        headwise: In force for the questions: what ``Headwise`` takes.
     """
-    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+    continued, past = shared.continued(cache, len(rows))
+    with Headwise(**headwise, past=past):
+        # Whole: logits_to_keep makes a matrix for each row of what is one.
+        logits = model(rows, past_key_values=continued, use_cache=True).logits
+    return logits[targets != NO_TARGET].float()
 
 
 @dataclass(frozen=True)
@@ -207,22 +217,25 @@ def ask(
     from transformers import DynamicCache
 
     cache = copy.deepcopy(prefix) or DynamicCache(config=model.config)
-    with Headwise(policy=policy, retrieval=retrieval):
-        return list(_answers(model, haystack, cache))
-
-
-def _answers(model, haystack: Haystack, cache) -> Iterator[Answer]:
-    device = model.device
+    how: dict[str, Any] = {"policy": policy, "retrieval": retrieval}
     rest = haystack.tokens[cache.get_seq_length() :]
-    prompt = torch.tensor([rest], device=device)
-    model.base_model(prompt, past_key_values=cache, use_cache=True)
-    rows, targets = batch(haystack, device)
-    repeat(cache, len(rows))
-    logits = model(rows, past_key_values=cache, use_cache=True).logits
-    for row, target, question in zip(logits, targets, haystack.questions, strict=True):
-        asked = target != NO_TARGET
-        scores = torch.log_softmax(row[asked].float(), dim=-1)
-        answer = target[asked]
-        loss = -scores.gather(1, answer[:, None]).mean()
-        hit = bool((scores.argmax(-1) == answer).all())
-        yield Answer(question.needle.kind, float(loss), hit)
+    with Headwise(**how):
+        prompt = torch.tensor([rest], device=model.device)
+        model.base_model(prompt, past_key_values=cache, use_cache=True)
+    rows, targets = batch(haystack, model.device)
+    logits = answer_logits(model, cache, rows, targets, **how)
+    return list(answers_of(haystack, logits, targets))
+
+
+def answers_of(
+    haystack: Haystack, logits: torch.Tensor, targets: torch.Tensor
+) -> Iterator[Answer]:
+    """The answers that :func:`answer_logits` are of."""
+    answers = targets[targets != NO_TARGET]
+    scores = torch.log_softmax(logits, dim=-1)
+    losses = -scores.gather(1, answers[:, None])[:, 0]
+    right = scores.argmax(-1) == answers
+    sizes = (targets != NO_TARGET).sum(1).tolist()
+    parts = zip(losses.split(sizes), right.split(sizes), strict=True)
+    for (loss, hit), question in zip(parts, haystack.questions, strict=True):
+        yield Answer(question.needle.kind, float(loss.mean()), bool(hit.all()))
