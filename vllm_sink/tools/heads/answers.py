@@ -5,8 +5,9 @@ read over and over; in them every KV head's output is gate x full attention's +
 (1 - gate) x streaming's. The gates start at 0.5 and are trained to keep the loss of the
 answers low while their mean is pushed down, ever harder. A gate that stays open long
 belongs to a head that answers need; the gates are ranked by their mean over the
-training. That tells of a few heads apart, as answers need no more of them: the others
-come after these, by the recipe of ``scores``.
+training. The first quarter is then tried as it would be served, and a head in it gives
+way to one outside where that lowers the loss. Answers tell the other heads hardly
+apart: they follow by the recipe of ``scores``.
 
 DuoAttention (arXiv 2410.10819, 2.2) trains the same gates on whole prompts to keep the
 last hidden states. Here a step reads 100 tokens, not 600, and asks for what counts.
