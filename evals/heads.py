@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import random
 import tempfile
 import time
@@ -144,6 +145,8 @@ def generated_hits(llm, haystacks: list) -> int:
 
 def measure_engine(args: argparse.Namespace, path: Path) -> None:
     """Needles found by greedy generation in vLLM, by policy and sink positions."""
+    # GiB on a CPU: else nearly all memory, which a busy machine hasn't.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     model, tokenizer, found = found_heads(args)
     streaming = RetentionPolicy(NUM_SINK_TOKENS, WINDOW)
     length = (args.lengths or LENGTHS)[0]
