@@ -89,20 +89,26 @@ def test_committed_scores_are_stable():
 def test_committed_methods_say_why_the_default_is_the_default():
     with (RESULTS / "heads_methods.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    gates = {
-        (row["fraction"], row["length"]): int(row["hits"])
-        for row in rows
-        if (row["method"], row["num_needles"]) == ("answers", "104")
-    }
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["num_needles"] == "104":
+            cell = row["fraction"], row["length"]
+            found.setdefault(row["method"], {})[cell] = int(row["hits"])
     other = {
         (row["fraction"], row["length"]): int(row["hits"])
         for row in plots.read(RESULTS / "heads.csv")
         if row["heads"] == "found"
     }
-    assert len(gates) >= 4
-    for (share, length), hits in gates.items():
-        assert hits > other[share, length], "more than the recipe"
-        assert share != "0.1" or hits >= 0.6 * other["1.0", length]
+    gates = found["answers"]
+    assert {share for share, _ in gates} >= {"0.1", "0.25"} and len(gates) >= 4
+    assert {cell[0] for cell in found["duo"]} >= {"0.25"}
+    for cell, hits in gates.items():
+        share, length = cell
+        full = other["1.0", length]
+        if share != "0.5":  # which tells the methods hardly apart
+            assert hits > other[cell], "more than the recipe"
+        assert hits > found["duo"].get(cell, 0), "more than DuoAttention's gates"
+        assert hits >= {"0.1": 0.6, "0.25": 0.9, "0.5": 0.9}[share] * full
 
 
 def test_every_choice_of_layers_has_an_engine_and_a_row():
