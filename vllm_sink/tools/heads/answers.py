@@ -181,6 +181,7 @@ def exchanged(
     kept = order[:count]
     opened = _opened(kept, gates.value).to(model.device).requires_grad_()
     least = sum(_loss(model, reading, opened, policy) for reading in readings)
+    assert opened.grad is not None, "each reading was gone back through"
     slope = opened.grad.cpu()
     wanted = sorted(order[count:], key=lambda head: float(slope[head]))
     needless = sorted(order[num_sure:count], key=lambda head: -float(slope[head]))

@@ -85,8 +85,10 @@ class Continuation(AttentionCall):
         return self.past_key.shape[2]
 
     def of_heads(self, kv_heads: torch.Tensor, heads: torch.Tensor) -> Continuation:
+        part = super().of_heads(kv_heads, heads)
+        assert isinstance(part, Continuation), "replace keeps the class"
         return replace(
-            super().of_heads(kv_heads, heads),
+            part,
             past_key=self.past_key[:, kv_heads],
             past_value=self.past_value[:, kv_heads],
         )
