@@ -19,7 +19,7 @@ import torch
 
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.tools.heads import shared, texts
-from vllm_sink.tools.heads.attention import Headwise
+from vllm_sink.tools.heads.attention import NAME, Headwise
 
 NUM_NEEDLES = 8
 NO_TARGET = -100  # what cross_entropy leaves out
@@ -169,7 +169,8 @@ def answer_logits(
         rows, targets: :func:`batch`'s.
         headwise: In force for the questions: what ``Headwise`` takes.
     """
-    continued, past = shared.continued(cache, len(rows))
+    ours = getattr(model.config, "_attn_implementation", None) == NAME
+    continued, past = shared.continued(cache, len(rows), share=ours)
     with Headwise(**headwise, past=past):
         # Whole: logits_to_keep makes a matrix for each row of what is one.
         logits = model(rows, past_key_values=continued, use_cache=True).logits

@@ -44,11 +44,12 @@ def is_shared(cache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def continued(cache, count: int) -> tuple[Any, Past]:
+def continued(cache, count: int, share: bool = True) -> tuple[Any, Past]:
     """A cache for ``count`` continuations, each a forward pass, and what they share.
 
     Args:
         cache: Transformers', of one sequence; left as it is.
+        share: False for a model whose attention is not ours: each has a copy.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -56,7 +57,7 @@ def continued(cache, count: int) -> tuple[Any, Past]:
     result = copy.copy(cache)
     result.layers = []
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.get_seq_length():
+        if share and type(layer) is DynamicLayer and layer.get_seq_length():
             past[index] = layer.keys, layer.values
             shared = _layer_class()()
             shared.__dict__.update(layer.__dict__)
