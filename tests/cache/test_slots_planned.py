@@ -18,7 +18,15 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import KVCacheLayout, MambaSpec
 from vllm.v1.request import Request
 
-from tests.helpers.planned import BLOCK, IN_FLIGHT, LENGTH, MEMORY, MODELS, plan
+from tests.helpers.planned import (
+    BLOCK,
+    IN_FLIGHT,
+    LENGTH,
+    MEMORY,
+    MODELS,
+    plan,
+    whole_layers,
+)
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec
 from vllm_sink.start.log_lines import retrieval_line
 from vllm_sink.tools import sizing
@@ -48,10 +56,22 @@ def test_the_pool_is_what_is_said(model, caches, ranks, layout, monkeypatch):
     vllm_config, settings = made.engine.vllm_config, made.engine.config
     memory = made.memories[0]
     print(memory.grouping, memory.counts)
-    for other in made.memories:
-        assert other.grouping == memory.grouping
     if ranks > 1:
         assert len({other.counts for other in made.memories}) > 1, "an uneven map"
+    check_pool(made)
+    line = retrieval_line(vllm_config, settings, memory.page_bytes)
+    assert f"{memory.bytes(LENGTH) / 2**20:.1f} MiB at {LENGTH:,} tokens" in line
+    if model.is_counted:
+        shape = read_shape(model.hf_config, "bfloat16", ranks, caches_prefixes=caches)
+        said = sizing.slot_memory(shape, settings, ranks, BLOCK)
+        assert said == max(made.memories, key=lambda memory: memory.counts)
+
+
+def check_pool(made):
+    """vLLM's groups and pool are those of the plan, on every worker."""
+    vllm_config, memory = made.engine.vllm_config, made.memories[0]
+    for other in made.memories:
+        assert other.grouping == memory.grouping
     for config in made.configs:
         groups = [
             (spec_of(group), len(group.layer_names)) for group in config.kv_cache_groups
@@ -74,12 +94,13 @@ def test_the_pool_is_what_is_said(model, caches, ranks, layout, monkeypatch):
         fit = get_max_concurrency_for_kv_cache_config(vllm_config, config)
         blocks = memory.blocks(LENGTH, IN_FLIGHT)
         assert config.num_blocks / blocks == pytest.approx(fit)
-    line = retrieval_line(vllm_config, settings, memory.page_bytes)
-    assert f"{memory.bytes(LENGTH) / 2**20:.1f} MiB at {LENGTH:,} tokens" in line
-    if model.is_counted:
-        shape = read_shape(model.hf_config, "bfloat16", ranks, caches_prefixes=caches)
-        said = sizing.slot_memory(shape, settings, ranks, BLOCK)
-        assert said == max(made.memories, key=lambda memory: memory.counts)
+
+
+@pytest.mark.parametrize("layout", [LBHNC, BLHNC], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_whole_layers_have_pages_of_the_pool(model, layout, monkeypatch):
+    """Of four workers, where a window's page may be larger than a governed layer's."""
+    check_pool(plan(monkeypatch, model, 4, layout, True, whole_layers))
 
 
 @pytest.mark.parametrize("model, caches", CASES, ids=str)

@@ -5,6 +5,7 @@ under a head map that is uneven between tensor-parallel ranks.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -259,8 +260,18 @@ def uneven(model: Model) -> list[list[int]]:
     return rows
 
 
+def whole_layers(model: Model) -> list[list[int]]:
+    """Scores: the first governed layer's heads are retrieval heads, no other's."""
+    first = model.owners.index(next(x for x in model.owners if x is not None))
+    return [[int(i == first)] * model.kv_heads for i in range(len(model.owners))]
+
+
 def worker_engine(
-    model: Model, ranks: int, layout: KVCacheLayout, caches: bool
+    model: Model,
+    ranks: int,
+    layout: KVCacheLayout,
+    caches: bool,
+    heads: list[list[int]],
 ) -> Engine:
     """The record of a worker's engine.
 
@@ -283,7 +294,7 @@ def worker_engine(
     section = {
         "num_sink_tokens": SINKS,
         "window_size": WINDOW,
-        "retrieval_heads": uneven(model),
+        "retrieval_heads": heads,
     }
     engine = stub_engine(
         additional_config={"sink": section},
@@ -394,14 +405,19 @@ class Plan:
 
 
 def plan(
-    monkeypatch: Any, model: Model, ranks: int, layout: KVCacheLayout, caches: bool
+    monkeypatch: Any,
+    model: Model,
+    ranks: int,
+    layout: KVCacheLayout,
+    caches: bool,
+    heads_of: Callable[[Model], list[list[int]]] = uneven,
 ) -> Plan:
     """vLLM's whole planning of the specs that each worker gives it."""
     compat.register_kv_cache_spec()
     monkeypatch.setattr(backend, "measure_loaded_model", lambda _: None)
     engines, specs, memories = [], [], []
     for rank in range(ranks):
-        engine = worker_engine(model, ranks, layout, caches)
+        engine = worker_engine(model, ranks, layout, caches, heads_of(model))
         config = engine.vllm_config
         monkeypatch.setattr(
             head_slots, "get_tensor_model_parallel_rank", lambda rank=rank: rank

@@ -34,6 +34,7 @@ from vllm_sink.cache.draft_heads import add_drafters
 from vllm_sink.cache.draft_slots import add_drafter_slots
 from vllm_sink.cache.head_caches import add_companions
 from vllm_sink.cache.head_slots import SlotGroups, add_slots
+from vllm_sink.cache.layers_beside import Spec
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.cache.workers import is_building_drafter
 from vllm_sink.engine import Engine
@@ -169,20 +170,28 @@ class SinkBackend(AttentionBackend):
         measure_loaded_model(cls.engine)
         if type(spec) is SlidingWindowSpec:
             assert not cls.is_retrieval, spec
-            own, groups = OwnWindowSpec.from_window(spec), cls.engine.head_groups
-            if isinstance(groups, SlotGroups):
-                return groups.window_spec(own, cls.engine.vllm_config)
-            return own
+            return cls._paged(OwnWindowSpec.from_window(spec))
         is_full = type(spec) in (FullAttentionSpec, SlotSpec)
         if not is_full or spec.sliding_window is not None:
             assert not cls.is_retrieval, spec
             return spec
+        if type(spec) is FullAttentionSpec:  # a slot has its page
+            spec = cls._paged(spec)
         config, window = cls.engine.config, None
         if cls.is_retrieval:
             window = config.retrieval_window_size
             if window is None:
                 return RetrievalSpec.from_full(spec)
         return SinkSpec.from_full(spec, config, window)
+
+    @classmethod
+    def _paged(cls, spec: Spec) -> Spec:
+        """In a page like all others, where heads of two kinds share their pool."""
+        assert cls.engine is not None
+        groups = cls.engine.head_groups
+        if not isinstance(groups, SlotGroups):
+            return spec
+        return groups.paged_spec(spec, cls.engine.vllm_config)
 
     @classmethod
     def refuse_unsupported(cls, selector: Any) -> None:

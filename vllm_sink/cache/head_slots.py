@@ -43,8 +43,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_sink.cache.head_caches import HeadGroup, HeadGroups, refuse_layer
-from vllm_sink.cache.layers_beside import find_layers_beside, in_page
-from vllm_sink.cache.spec import OwnWindowSpec, SlotSpec
+from vllm_sink.cache.layers_beside import Spec, find_layers_beside, in_page
+from vllm_sink.cache.spec import SlotSpec
 from vllm_sink.cache.workers import draft_heads, stages_of
 from vllm_sink.engine import Engine
 from vllm_sink.policy.draft_heads import DraftHeads
@@ -222,8 +222,8 @@ class SlotGroups(HeadGroups):
             self._fill_slots(self._plan.grouping)
         return self._plan
 
-    def window_spec(self, spec: OwnWindowSpec, vllm_config: VllmConfig) -> KVCacheSpec:
-        """The spec of a window of the model's own, in a page like all others.
+    def paged_spec(self, spec: Spec, vllm_config: VllmConfig) -> Spec:
+        """The spec of a layer that has its own cache, in a page like all others.
 
         So vLLM makes it where layers are outermost in memory. Where blocks are, it
         packs pages that differ in size, in other groups than these.
