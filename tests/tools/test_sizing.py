@@ -295,6 +295,18 @@ def test_command_with_heads(model_path, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "45 of 90 heads 4+1020" in out
     assert "all decoding\t5.8\t" in out
+    # Heads of equal policies are one kind, as in an engine.
+    assert cli.main([*arguments, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    same = [*heads, "--retrieval-window-size", "252", "--json"]
+    assert cli.main([*arguments, *same]) == 0
+    assert json.loads(capsys.readouterr().out)["sink"] == plain["sink"]
+    # As the divisor of three KV heads that vLLM takes.
+    assert cli.main([*arguments, *heads, "--tensor-parallel-size", "4"]) != 0
+    err = capsys.readouterr().err
+    assert "must divide the 9 query heads of a layer, and its 3 KV heads" in err
+    assert "got 4; pass --tensor-parallel-size 3" in err
+    assert cli.main([*arguments, *heads, "--tensor-parallel-size", "3"]) == 0
 
 
 def test_document_holds_the_calculators_numbers():

@@ -19,6 +19,7 @@ from typing import Any
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.grouping import RequestMemory, heads_of_workers
+from vllm_sink.policy.head_map import ModelShape
 from vllm_sink.policy.layout import RetentionPolicy
 from vllm_sink.policy.slot_workers import is_divided, slots_of_workers
 from vllm_sink.policy.slots import (
@@ -119,6 +120,22 @@ def measure_heads(
             "requests": memory // heads.pool_block_bytes / blocks,
         }
     return result
+
+
+def check_ranks(num_ranks: int, shape: ModelShape) -> None:
+    """Refuse a number of GPUs between which vLLM can't divide a layer's heads.
+
+    Raises:
+        ValueError: Names the heads and a number that divides them.
+    """
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if heads % num_ranks or (kv_heads % num_ranks and num_ranks % kv_heads):
+        most = max(n for n in range(1, num_ranks) if not kv_heads % n)
+        raise ValueError(
+            f"tensor_parallel_size must divide the {heads} query heads of a layer, and "
+            f"its {kv_heads} KV heads or be a multiple of them, got {num_ranks}; pass "
+            f"--tensor-parallel-size {most}"
+        )
 
 
 def heads_memory(
@@ -342,7 +359,10 @@ def run(args: argparse.Namespace) -> int:
     sink = measure(shape, policy, **request, block_size=args.block_size)
     header = f"sink {policy.num_sink_tokens}+{policy.window_size}"
     if settings.has_retrieval:
-        settings = resolved(settings, model_shape(config, repr(args.model)))
+        of_model = model_shape(config, repr(args.model))
+        check_ranks(args.tensor_parallel_size, of_model)
+        # As an engine clips them: equal policies are one.
+        settings = resolved(settings, of_model).clipped(num_tokens)
     heads = settings.head_map
     if heads is not None and heads.num_retrieval_heads:
         kept = settings.retrieval_policy
