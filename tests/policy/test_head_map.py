@@ -273,6 +273,7 @@ class TestLayersBeside:
         ),
         ({"hybrid_override_pattern": "M*-*"}, (None, 1, None, 3)),
         ({"attn_type_list": [0, 1, 0, 1]}, (None, 1, None, 3)),
+        ({"hybrid_layer_pattern": [0, 1, 1, 0]}, (0, None, None, 3)),
         (
             {
                 "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -222,6 +222,7 @@ def test_a_window_that_is_switched_off_is_full_attention():
     [
         (LlamaConfig(kv_lora_rank=512), "MLA"),
         (LlamaConfig(num_hidden_layers=1, layer_types=["linear_attention"]), "linear"),
+        (LlamaConfig(hybrid_layer_pattern=[0, 1] * 16), r"\(hybrid_layer_pattern=\[0"),
         (LlamaConfig(dtype="float64"), "float64"),
         (BertConfig(architectures=["BertForMaskedLM"]), "generate text, got 'bert'"),
         (DistilBertConfig(), "generate text, got 'distilbert'"),

@@ -14,6 +14,8 @@ GOVERNED = ("full_attention", "attention", "hybrid")
 WITHOUT_CACHE = frozenset({"-", "E", "mlp", "moe"})
 # Names of the list of kinds, and of Nemotron-H's string, in which * is attention.
 LISTS = ("layer_types", "layers_block_type")
+# Lists of numbers in their place, and the number of full attention: MiniMax, MiMo.
+MARKS = {"attn_type_list": 1, "hybrid_layer_pattern": 0}
 
 
 def layer_owners(text: Any, num_layers: int) -> tuple[int | None, ...]:
@@ -49,9 +51,10 @@ def layer_kinds(text: Any, num_layers: int) -> list[str] | None:
         kinds = getattr(text, name, None)
         if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers:
             return list(kinds)
-    marks = getattr(text, "attn_type_list", None)  # MiniMax: 1 is full attention
-    if isinstance(marks, (list, tuple)) and len(marks) == num_layers:
-        return ["full_attention" if mark == 1 else "linear" for mark in marks]
+    for name, full in MARKS.items():
+        marks = getattr(text, name, None)
+        if isinstance(marks, (list, tuple)) and len(marks) == num_layers:
+            return ["full_attention" if mark == full else "other" for mark in marks]
     pattern = getattr(text, "hybrid_override_pattern", None)
     if isinstance(pattern, str) and len(pattern) == num_layers:
         return ["full_attention" if mark == "*" else mark for mark in pattern]

@@ -54,6 +54,7 @@ NOT_COUNTED = (
     ("layers_block_type", SPACES),
     ("hybrid_override_pattern", SPACES),
     ("attention_chunk_size", "chunked attention"),
+    ("hybrid_layer_pattern", "windows of a width of their own"),
 )
 
 
