@@ -97,7 +97,7 @@ def check_pool(made):
 
 
 @pytest.mark.parametrize("layout", [LBHNC, BLHNC], ids=lambda layout: layout.name)
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("model", [x for x in MODELS if x.own_window], ids=str)
 def test_whole_layers_have_pages_of_the_pool(model, layout, monkeypatch):
     """Of four workers, where a window's page may be larger than a governed layer's."""
     check_pool(plan(monkeypatch, model, 4, layout, True, whole_layers))
