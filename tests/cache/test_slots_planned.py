@@ -4,6 +4,8 @@ What ``vllm-sink size`` says, what the start line says, the pool that vLLM makes
 specs of one worker or two, and what a request takes of it are the same numbers.
 """
 
+from dataclasses import replace
+
 import pytest
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
@@ -100,7 +102,13 @@ def check_pool(made):
 @pytest.mark.parametrize("model", [x for x in MODELS if x.own_window], ids=str)
 def test_whole_layers_have_pages_of_the_pool(model, layout, monkeypatch):
     """Of four workers, where a window's page may be larger than a governed layer's."""
-    check_pool(plan(monkeypatch, model, 4, layout, True, whole_layers))
+    made = plan(monkeypatch, model, 4, layout, True, whole_layers)
+    check_pool(made)
+    # vLLM asks what one token takes, to settle the block size: its own bytes.
+    layer = made.engine.head_groups.layers[0]
+    token = replace(layer.spec, block_size=1)
+    found = layer.attn_backend.customize_spec(token)
+    assert found.page_size_bytes == token.page_size_bytes
 
 
 @pytest.mark.parametrize("model, caches", CASES, ids=str)

@@ -175,7 +175,8 @@ class SinkBackend(AttentionBackend):
         if not is_full or spec.sliding_window is not None:
             assert not cls.is_retrieval, spec
             return spec
-        if type(spec) is FullAttentionSpec:  # a slot has its page
+        # A slot has its page. Of one token vLLM asks before it settles the block size.
+        if type(spec) is FullAttentionSpec and spec.block_size > 1:
             spec = cls._paged(spec)
         config, window = cls.engine.config, None
         if cls.is_retrieval:

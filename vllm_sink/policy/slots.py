@@ -223,8 +223,8 @@ def slots_of(
 ) -> Iterator[tuple[int, int]]:
     """(heads, tokens) that fit a page of the pool.
 
-    The tokens divide the engine's block size or are a multiple of it, so that prefix
-    hits, which end where a block of every group does, end as often as without.
+    The tokens divide the engine's block size or are a multiple of it: prefix hits,
+    which end where a block of every group does, end at blocks of the larger of both.
 
     Args:
         page_bytes: Bytes of a page.
