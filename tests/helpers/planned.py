@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import (
 
 from tests.helpers.refusals import stub_engine
 from vllm_sink.attention import backend
-from vllm_sink.cache import head_slots
+from vllm_sink.cache import slot_groups
 from vllm_sink.engine import Engine
 from vllm_sink.plugin import compat
 from vllm_sink.policy.layout import cdiv
@@ -420,10 +420,10 @@ def plan(
         engine = worker_engine(model, ranks, layout, caches, heads_of(model))
         config = engine.vllm_config
         monkeypatch.setattr(
-            head_slots, "get_tensor_model_parallel_rank", lambda rank=rank: rank
+            slot_groups, "get_tensor_model_parallel_rank", lambda rank=rank: rank
         )
         monkeypatch.setattr(
-            head_slots, "get_current_vllm_config", lambda config=config: config
+            slot_groups, "get_current_vllm_config", lambda config=config: config
         )
         build(model, engine, ranks)
         engines.append(engine)

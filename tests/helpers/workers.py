@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
 
 from tests.helpers.refusals import drafter, stub_engine
 from vllm_sink.attention import backend
-from vllm_sink.cache import draft_heads, draft_slots, head_caches, head_slots, workers
+from vllm_sink.cache import draft_heads, draft_slots, head_caches, slot_groups, workers
 from vllm_sink.plugin import compat
 
 try:  # vLLM 0.33
@@ -131,7 +131,7 @@ def specs_of(monkeypatch, model, stage, rank, heads, method, layers, kv_heads, l
     engine = engine_of(model, heads, method, layers, kv_heads, layout)
     config = engine.vllm_config
     context = config.compilation_config.static_forward_context
-    for module in (head_caches, head_slots, draft_heads, draft_slots):
+    for module in (head_caches, slot_groups, draft_heads, draft_slots):
         for name, value in (
             ("get_tensor_model_parallel_rank", rank),
             ("get_current_vllm_config", config),

@@ -5,7 +5,7 @@ from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
 from tests.helpers.engine import core
 from tests.zoo.models import Entry
-from vllm_sink.cache.head_slots import SlotGroups
+from vllm_sink.cache.slot_groups import SlotGroups
 from vllm_sink.engine import Engine
 from vllm_sink.policy.config import SinkConfig
 from vllm_sink.tools import sizing

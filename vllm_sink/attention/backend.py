@@ -33,8 +33,8 @@ from vllm_sink.attention.gpu_memory import preferred_block_size
 from vllm_sink.cache.draft_heads import add_drafters
 from vllm_sink.cache.draft_slots import add_drafter_slots
 from vllm_sink.cache.head_caches import add_companions
-from vllm_sink.cache.head_slots import SlotGroups, add_slots
 from vllm_sink.cache.layers_beside import Spec
+from vllm_sink.cache.slot_groups import SlotGroups, add_slots
 from vllm_sink.cache.spec import OwnWindowSpec, RetrievalSpec, SinkSpec, SlotSpec
 from vllm_sink.cache.workers import is_building_drafter
 from vllm_sink.engine import Engine

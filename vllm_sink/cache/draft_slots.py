@@ -11,7 +11,8 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_sink.cache.draft_heads import refuse_other_pages
-from vllm_sink.cache.head_slots import SlotGroups, SlottedHead
+from vllm_sink.cache.head_slots import SlottedHead
+from vllm_sink.cache.slot_groups import SlotGroups
 from vllm_sink.cache.workers import draft_heads
 from vllm_sink.engine import Engine
 from vllm_sink.policy.head_map import HeadMap, heads_of_rank

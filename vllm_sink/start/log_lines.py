@@ -148,7 +148,7 @@ def retrieval_line(
 
 def find_slot_memory(vllm_config: VllmConfig) -> SlotMemory | None:
     """A request's memory on a worker whose pool other layers share; else None."""
-    from vllm_sink.cache.head_slots import SlotGroups
+    from vllm_sink.cache.slot_groups import SlotGroups
 
     groups = Engine.of(vllm_config).head_groups
     if not isinstance(groups, SlotGroups):
