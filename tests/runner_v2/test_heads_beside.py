@@ -80,6 +80,7 @@ def layers(*kinds: str) -> dict:
 
 GEMMA = layers("sliding", "full", "full")
 STATES = {"mamba_d_ssm": 64, "mamba_n_heads": 2}
+NEMOTRON = {"num_hidden_layers": 3, "mamba_num_heads": 4, "mamba_head_dim": 32}
 LINEAR = {
     "mlp_only_layers": [0],
     "linear_key_head_dim": 32,
@@ -109,9 +110,17 @@ CASES = {
     "Qwen3-Next": Case(
         "Qwen3-Next", [OWN, [1, 0]], layers("linear", "full") | LINEAR, (1, 64)
     ),
+    # The last two layers read the keys of the first two.
+    "Gemma 4": Case(
+        "Gemma 4, shared keys",
+        [OWN, [1, 0]] * 2,
+        layers("sliding", "full", "sliding", "full") | {"global_head_dim": 32},
+        (2, 16),
+    ),
+    "Nemotron-H": Case("Nemotron-H", [OWN, [1, 0], OWN], NEMOTRON, (1, 32)),
 }
 # What is as the others for the runner: one vLLM's tells.
-ONCE = {"Gemma 3, whole layers", "Qwen3-Next"}
+ONCE = {"Gemma 3, whole layers", "Qwen3-Next", "Gemma 4", "Nemotron-H"}
 
 
 @pytest.fixture(scope="module")

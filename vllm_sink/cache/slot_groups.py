@@ -24,6 +24,7 @@ from vllm_sink.engine import Engine
 from vllm_sink.policy.draft_heads import DraftHeads
 from vllm_sink.policy.grouping import heads_held
 from vllm_sink.policy.head_map import HeadMap
+from vllm_sink.policy.layout import cdiv
 from vllm_sink.policy.slot_workers import (
     SlotHeads,
     SlotWorkers,
@@ -114,7 +115,7 @@ class SlotGroups(HeadGroups):
             needed = slots[: grouping.num_slots(kind)]
             used = _put(mine, needed, share)
             # The last slots are of one group, and of one block table.
-            last = len(needed) - -(-len(drafted) // share)
+            last = len(needed) - cdiv(len(drafted), share)
             assert used <= last, "as many slots as heads, and more"
             _put(drafted, needed[last:], share)
         for layer in self.drafters:
@@ -156,7 +157,7 @@ def _put(heads: list[SlottedHead], slots: list[HeadSlot], share: int) -> int:
     for i, head in enumerate(heads):
         head.slot, head.place = slots[i // share], i % share
         head.slot.heads = (*head.slot.heads, head)
-    return -(-len(heads) // share)
+    return cdiv(len(heads), share)
 
 
 def make_plan(groups: SlotGroups, vllm_config: VllmConfig) -> SlotMemory:
