@@ -5,7 +5,6 @@ Gemma 3 stands for them in ``tests/attention/test_heads_beside.py``;
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,9 +42,7 @@ OTHERS = {
 }
 # vLLM's states for CPUs can't be cached: stock fails, too.
 UNCACHED = {"Falcon-H1", "Nemotron-H", "Qwen3-Next"}
-POOL = 160
-# Blocks left for six requests.
-LEFT = {name: 40 for name in OTHERS}
+LENGTH, POOL = 512, 160
 
 
 class Reference:
@@ -99,28 +96,35 @@ class Reference:
 def test_chunks_hits_and_preemption(name, is_other, tmp_path):
     """Each map is told from the other one."""
     (entry,) = (entry for entry in ZOO if entry.name == name)
-    entry = replace(entry, config=entry.config | {"max_position_embeddings": 1024})
     path = save(entry, tmp_path)
     reference = Reference(entry, path)
     settings = {
         **SETTINGS,
+        "max_model_len": LENGTH,
         "num_gpu_blocks_override": POOL,
         "max_num_seqs": 6,
         "enable_prefix_caching": name not in UNCACHED,
         **entry.settings,
     }
-    prompt = random_tokens(1, 400)
+    prompt = random_tokens(1, 300)
     if reference.is_rounded:
-        with sink_engine(path, S, 596, **settings) as llm:
+        with sink_engine(path, S, LENGTH - S, **settings) as llm:
             (got,) = prompt_logprobs(llm, [prompt])
-        want = reference.scores(prompt, window=596)
+        want = reference.scores(prompt, window=LENGTH - S)
         reference.rounding = (got - want).abs().mean()
     rows, other = OTHERS[name][::-1] if is_other else OTHERS[name]
     with sink_engine(path, S, W, retrieval=dict(heads=rows), **settings) as llm:
         pool, scheduler = managers(llm)[0].block_pool, core(llm).scheduler
-        given, preempted = [], set()
+        given, free, preempted = [], [], set()
         take, preempt = pool.get_new_blocks, scheduler._preempt_request
-        pool.get_new_blocks = lambda count: given.append(count) or take(count)
+
+        def count_blocks(count: int):
+            blocks = take(count)
+            given.append(count)
+            free.append(pool.get_num_free_blocks())
+            return blocks
+
+        pool.get_new_blocks = count_blocks
         scheduler._preempt_request = lambda request, *args, **kwargs: (
             preempted.add(request.request_id) or preempt(request, *args, **kwargs)
         )
@@ -132,11 +136,17 @@ def test_chunks_hits_and_preemption(name, is_other, tmp_path):
         history = reference.check_reply(first, rows) + random_tokens(2, 9)
         (second,) = generate(llm, [history])
         reference.check_reply(second, rows)
-        assert second.num_cached_tokens >= 256 or name in UNCACHED
-        held = take(pool.get_num_free_blocks() - LEFT[name])
-        crowd = [random_tokens(10 + i, 200) for i in range(6)]
-        for output in generate(llm, crowd, max_tokens=100):
-            reference.check_reply(output, rows)
-        assert preempted and sum(given) > LEFT[name], "freed blocks are used again"
-        pool.free_blocks(held)
-        assert pool.get_num_free_blocks() == POOL - 1, "all but the null block"
+        assert second.num_cached_tokens >= 192 or name in UNCACHED
+        # Six more at once, in fewer and fewer blocks, until some are preempted.
+        peak = POOL - 1 - min(free)
+        for left in range(3 * peak, peak, -(peak // 4)):
+            assert llm.reset_prefix_cache()
+            held = take(pool.get_num_free_blocks() - left)
+            crowd = [random_tokens(left + i, 200) for i in range(6)]
+            for output in generate(llm, crowd, max_tokens=100):
+                reference.check_reply(output, rows)
+            pool.free_blocks(held)
+            if preempted:
+                break
+        assert preempted and sum(given) > POOL, "what was freed is used again"
+        assert pool.get_num_free_blocks() == POOL - 1
