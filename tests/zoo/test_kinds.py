@@ -139,7 +139,7 @@ def test_chunks_hits_and_preemption(name, is_other, tmp_path):
         assert second.num_cached_tokens >= 192 or name in UNCACHED
         # Six more at once, in fewer and fewer blocks, until some are preempted.
         peak = POOL - 1 - min(free)
-        for left in range(3 * peak, peak, -(peak // 4)):
+        for left in range(min(3 * peak, POOL - 1), peak, -(peak // 4)):
             assert llm.reset_prefix_cache()
             held = take(pool.get_num_free_blocks() - left)
             crowd = [random_tokens(left + i, 200) for i in range(6)]
