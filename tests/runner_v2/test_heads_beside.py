@@ -36,6 +36,7 @@ SMALL = {
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "num_hidden_layers": 2,
     "head_dim": 32,
     "max_position_embeddings": 128,
@@ -115,9 +116,9 @@ CASES = {
         "Gemma 4, shared keys",
         [OWN, [1, 0]] * 2,
         layers("sliding", "full", "sliding", "full") | {"global_head_dim": 32},
-        (2, 16),
+        (1, 32),
     ),
-    "Nemotron-H": Case("Nemotron-H", [OWN, [1, 0], OWN], NEMOTRON, (1, 32)),
+    "Nemotron-H": Case("Nemotron-H", [OWN, [1, 0], OWN], NEMOTRON, (1, 64)),
 }
 # What is as the others for the runner: one vLLM's tells.
 ONCE = {"Gemma 3, whole layers", "Qwen3-Next", "Gemma 4", "Nemotron-H"}
