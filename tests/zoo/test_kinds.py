@@ -48,8 +48,8 @@ LENGTH, POOL = 512, 160
 # So that a page, which is as large as a state, holds few tokens.
 SMALL_STATES = {
     "Qwen3-Next": {
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
         "head_dim": 256,
     }
 }
@@ -101,10 +101,14 @@ class Reference:
 @pytest.mark.skipif(
     not os.environ.get("VLLM_SINK_WHOLE_ZOO"), reason="VLLM_SINK_WHOLE_ZOO runs it"
 )
-@pytest.mark.parametrize("is_other", [False, True], ids=["one map", "another"])
+@pytest.mark.parametrize(
+    "is_other, workers",
+    [(False, 1), (True, 1), (False, 2)],
+    ids=["one map", "another", "two workers"],
+)
 @pytest.mark.parametrize("name", OTHERS)
-def test_chunks_hits_and_preemption(name, is_other, tmp_path):
-    """Each map is told from the other one."""
+def test_chunks_hits_and_preemption(name, is_other, workers, tmp_path, monkeypatch):
+    """Each map is told from the other one; two workers hold other heads each."""
     (entry,) = (entry for entry in ZOO if entry.name == name)
     entry = replace(entry, config=entry.config | SMALL_STATES.get(name, {}))
     path = save(entry, tmp_path)
@@ -123,6 +127,11 @@ def test_chunks_hits_and_preemption(name, is_other, tmp_path):
             (got,) = prompt_logprobs(llm, [prompt])
         want = reference.scores(prompt, window=LENGTH - S)
         reference.rounding = (got - want).abs().mean()
+    if workers > 1:
+        settings["tensor_parallel_size"] = workers
+        settings["distributed_executor_backend"] = "mp"
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     rows, other = OTHERS[name][::-1] if is_other else OTHERS[name]
     with sink_engine(path, S, W, retrieval=dict(heads=rows), **settings) as llm:
         pool, scheduler = managers(llm)[0].block_pool, core(llm).scheduler
