@@ -22,7 +22,7 @@ from vllm_sink.attention import cpu_stock
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 ROOT = Path(__file__).parents[2]
-HAS_AMX = {"amx-tile", "amx-bf16"} <= native.FEATURES
+HAS_AMX = {"amx-tile", "amx-bf16"} <= native.FEATURES and amx_check.is_granted()
 NAMES = ("test_cpu_tiles.py", "test_cpu_stock.py", Path(__file__).name)
 # Of the tests for every layout and option: one of each, with AMX.
 CHOSEN = " or ".join(

@@ -24,7 +24,7 @@ from vllm_sink.attention import cpu
 from vllm_sink.rotation.table import RotaryTable
 
 BF16 = torch.bfloat16
-HAS_AMX = "amx-bf16" in native.FEATURES
+HAS_AMX = {"amx-tile", "amx-bf16"} <= native.FEATURES and amx_check.is_granted()
 KIND = amx.AMX if HAS_AMX else amx.EMULATED
 vectors_of_16 = pytest.mark.skipif(
     native.LANES != 16, reason="tiles of 16 need vectors of 16"
