@@ -18,7 +18,7 @@ from tests.helpers.engine import (
     sink_engine,
 )
 from tests.helpers.reference import load, logprobs
-from tests.zoo.models import ZOO, save
+from tests.zoo.models import entry_of, save
 from vllm_sink.engine import Engine
 from vllm_sink.policy import draft_heads
 from vllm_sink.tools import drafter, sizing
@@ -50,7 +50,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory):
     """(folder, reference model): every other layer has a window of 40; sink logits."""
-    (entry,) = (entry for entry in ZOO if entry.name == "gpt-oss")
+    entry = entry_of("gpt-oss")
     entry = replace(entry, config=entry.config | {"vocab_size": SHAPE["vocab_size"]})
     path = save(entry, tmp_path_factory.mktemp("gpt-oss"))
     return path, load(path)

@@ -21,7 +21,7 @@ from tests.helpers.engine import (
 from tests.helpers.random_gemma import save_gemma
 from tests.helpers.random_llama import save_llama
 from tests.helpers.reference import load, logprobs
-from tests.zoo.models import ZOO, save
+from tests.zoo.models import entry_of, save
 from vllm_sink.settings import resolve
 from vllm_sink.start.log_lines import find_slot_memory
 
@@ -106,7 +106,7 @@ POOL = 60
 
 def save_falcon(folder) -> None:
     """Mamba beside attention in every layer."""
-    (entry,) = (entry for entry in ZOO if entry.name == "Falcon-H1")
+    entry = entry_of("Falcon-H1")
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     more = {**heads, "num_hidden_layers": 2, "max_position_embeddings": 1024}
     save(replace(entry, config={**entry.config, **more}), folder)

@@ -25,7 +25,7 @@ from tests.runner_v2.serving import (
     random_tokens,
     serving,
 )
-from tests.zoo.models import ZOO, save
+from tests.zoo.models import entry_of, save
 from vllm_sink.engine import Engine
 from vllm_sink.policy.slots import SlotMemory
 
@@ -131,7 +131,7 @@ def load_case(tmp_path_factory):
 
     def find(case: Case):
         if case.model not in known:
-            (entry,) = (entry for entry in ZOO if entry.name == case.model)
+            entry = entry_of(case.model)
             entry = replace(entry, config=entry.config | SMALL | case.config)
             path = save(entry, tmp_path_factory.mktemp("model"))
             known[case.model] = path, silence(load(path))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from tests.helpers.engine import uncollected
-from tests.zoo.models import ZOO, save
+from tests.zoo.models import entry_of, save
 from vllm_sink.plugin.compat import parse_serve_arguments
 from vllm_sink.tools import cli, serve_command
 
@@ -38,7 +38,7 @@ def test_the_printed_command_serves_the_heads_that_were_found(
     name, tmp_path, capsys, monkeypatch
 ):
     """Typed as printed; the file comes to half of the governed layers' heads."""
-    entry = next(entry for entry in ZOO if entry.name == name)
+    entry = entry_of(name)
     model, out = save(entry, tmp_path / "model"), tmp_path / "heads.tsv"
     save_tokenizer(model)
     asked = []

@@ -454,6 +454,12 @@ ZOO = [
 ]
 
 
+def entry_of(name: str) -> Entry:
+    """The model of this name."""
+    (entry,) = (entry for entry in ZOO if entry.name == name)
+    return entry
+
+
 def save(entry: Entry, folder) -> str:
     """Write the model; its one-dimensional weights are not left at ones and zeros."""
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from tests.helpers.engine import (
     sink_engine,
 )
 from tests.helpers.reference import load, logprobs
-from tests.zoo.models import ZOO, save
+from tests.zoo.models import entry_of, save
 
 # Two maps of each; the rows of layers that the policy doesn't govern are ignored.
 OTHERS = {
@@ -110,7 +110,7 @@ class Reference:
 @pytest.mark.parametrize("name", OTHERS)
 def test_chunks_hits_and_preemption(name, is_other, workers, tmp_path, monkeypatch):
     """Each map is told from the other one; two workers hold other heads each."""
-    (entry,) = (entry for entry in ZOO if entry.name == name)
+    entry = entry_of(name)
     entry = replace(entry, config=entry.config | SMALL_STATES.get(name, {}))
     path = save(entry, tmp_path)
     reference = Reference(entry, path)
