@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.machine import fast_dtype
 from scripts.demo_chat import loop_lines
 
-LENGTHS = (2048, 4096, 8192, 10240)
+LENGTHS = (2048, 4096, 8192, 12288)
 SPAN = 1024  # tokens of a perplexity
 CHUNK = 1024  # tokens of an engine step
 MAX_MODEL_LEN = 16384
